@@ -1,0 +1,28 @@
+"""Log-probability of each row's label and entropy of each row's distribution under a linear head."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from refine_kernels.linear_head import chunked, reference
+
+__all__ = ["linear_head"]
+
+
+def linear_head(
+    hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, *, impl: Literal["auto", "reference", "chunked"] = "auto"
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden @ weight^T)[label] and the entropy of softmax(hidden @ weight^T), in nats.
+
+    Args:
+        hidden_MD: M rows of hidden states, after the final norm.
+        weight_VD: the output embedding.
+        labels_M: int64, one label per row.
+        impl: `reference` stores the M × V logits; `chunked` (what auto takes) never does.
+
+    Returns log-probabilities [M] (differentiable) and entropies [M] (no gradient), float32, or float64 for float64.
+    """
+    ops = reference if impl == "reference" else chunked
+    return ops.linear_head(hidden_MD, weight_VD, labels_M)

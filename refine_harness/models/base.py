@@ -1,0 +1,238 @@
+"""What every fast-weight language model can do here: read text into a state, and fork that state anywhere.
+
+A model is a stack of layers; a layer turns hidden states into hidden states and has a state of its own. `read`
+is the whole interface to training and evaluation. `forward` gives the same to transformers (`generate`, PEFT,
+`Trainer`): it is `read` with Hugging Face's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from refine_kernels import linear_head
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from refine_harness.models.state import State
+
+Tape = dict[str, Any]
+"""What a layer keeps of a reading to rebuild its state at any position."""
+
+
+class FastWeightLayer(nn.Module):
+    """One layer: B rows of T hidden states in, the same out, and its state after each row's last real token."""
+
+    def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, lengths_B: Tensor | None, forkable: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
+        """Outputs [B, T, D], state after `lengths_B` tokens (T where None), and the tape if `forkable`."""
+        raise NotImplementedError
+
+    def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
+        """The state after token positions_BC[b, c] of row b, for B·C rows in row-major order; differentiable."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One pass over B texts."""
+
+    hidden: Tensor
+    """[B, T, D], after the final norm. Rows of padding hold numbers without meaning."""
+    state: State
+    """After each row's last real token."""
+    _model: FastWeightLM
+    _tapes: tuple[Tape, ...] | None
+    _seen_B: Tensor
+
+    def states_at(self, positions_BC: Tensor) -> State:
+        """The state after `tokens[b, : p + 1]` for every p in row b of positions; B·C rows, row-major.
+
+        positions_BC: int64 in [-1, length of the row); -1 is the state that the reading started from.
+        Exact, and differentiable: what is learned from a fork flows into the reading as if the prefix had been read
+        again. Raises RuntimeError when the reading was made with forkable=False.
+        """
+        if self._tapes is None:
+            raise RuntimeError("this reading kept no tape: call read(..., forkable=True) to fork it")
+        layers = zip(self._model.layers, self._tapes, strict=True)
+        forks = tuple(layer.fork(tape, positions_BC) for layer, tape in layers)
+        return State(forks, (self._seen_B[:, None] + positions_BC + 1).reshape(-1))
+
+    def at(self, positions_BC: Tensor) -> Tensor:
+        """Hidden states at those positions, [B, C, D]."""
+        return self.hidden.gather(1, positions_BC[..., None].expand(-1, -1, self.hidden.shape[-1]))
+
+
+class StateCache:
+    """A `State` under the name and the few methods that transformers' generation asks of a cache."""
+
+    is_compileable = False
+
+    def __init__(self, state: State):
+        self.state = state
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Most tokens read by any row."""
+        return int(self.state.seen_R.max())
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: a fast-weight state has no longest text."""
+        return -1
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        """Follow beam search's choice of rows."""
+        self.state = self.state.select(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row several times, for several continuations of one prompt."""
+        self.state = self.state.repeat(repeats)
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Some rows."""
+        self.state = self.state.select(rows)
+
+
+class FastWeightLM(PreTrainedModel):
+    """A causal language model whose memory of a prefix is a `State`."""
+
+    supports_gradient_checkpointing = False
+    _is_stateful = True
+
+    @property
+    def layers(self) -> Sequence[FastWeightLayer]:
+        """The stack, in order."""
+        raise NotImplementedError
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Input embeddings [B, T, D]."""
+        raise NotImplementedError
+
+    def final_norm(self, x_BTD: Tensor) -> Tensor:
+        """The norm before the head."""
+        raise NotImplementedError
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output embedding [V, D]."""
+        raise NotImplementedError
+
+    def read(
+        self,
+        tokens_BT: Tensor,
+        state: State | None = None,
+        lengths: Tensor | None = None,
+        forkable: bool = True,
+    ) -> Reading:
+        """Read B texts, going on from `state`.
+
+        Args:
+            tokens_BT: int64; rows shorter than T are padded on the right.
+            state: one row per row of tokens; None for texts that begin here.
+            lengths: int64 [B], real tokens per row, at least 1; None when no row is padded. Padding never enters a state.
+            forkable: keep what `Reading.states_at` needs. False saves memory when only the last state is wanted.
+        """
+        x_BTD = self.embed(tokens_BT)
+        states: list[dict[str, Tensor]] = []
+        tapes: list[Tape] = []
+        for i, layer in enumerate(self.layers):
+            x_BTD, after, tape = layer(x_BTD, None if state is None else state.layers[i], lengths, forkable)
+            states.append(after)
+            if tape is not None:
+                tapes.append(tape)
+        B, T = tokens_BT.shape
+        seen_B = torch.zeros(B, dtype=torch.int64, device=tokens_BT.device) if state is None else state.seen_R
+        after = State(tuple(states), seen_B + (T if lengths is None else lengths))
+        return Reading(self.final_norm(x_BTD), after, self, tuple(tapes) if forkable else None, seen_B)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits [..., V] of hidden states [..., D] after the final norm."""
+        return F.linear(hidden, self.head_weight)
+
+    def label_logprobs(self, hidden_MD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each row's label and entropy of its distribution, without M × V logits."""
+        return linear_head(hidden_MD, self.head_weight, labels_M)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """`read` with transformers' names. A mask may pad on either side; padding never enters the state.
+
+        labels: int64 [B, T], shifted here; -100 is left out. logits_to_keep: as in transformers.
+        """
+        B, T = input_ids.shape
+        lengths_B, shift_B = _padding(attention_mask, T)
+        tokens_BT = input_ids if shift_B is None else _rolled(input_ids, shift_B)
+        reading = self.read(
+            tokens_BT,
+            None if past_key_values is None else past_key_values.state,
+            lengths_B,
+            forkable=False,
+        )
+        hidden_BTD = reading.hidden if shift_B is None else _rolled(reading.hidden, -shift_B)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        logits = self.logits(hidden_BTD[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])
+        loss = None
+        if labels is not None:
+            wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
+            loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).to(wide), labels[:, 1:].reshape(-1))
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and not self.training
+        cache = StateCache(reading.state) if use_cache else None
+        if return_dict is False:
+            return tuple(part for part in (loss, logits, cache) if part is not None)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate() then takes the cache that forward returns
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: StateCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """The whole prompt first, then only the token that the state has not read."""
+        if past_key_values is not None:
+            input_ids, attention_mask = input_ids[:, -1:], None
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "logits_to_keep": 1,
+        }
+
+
+def _padding(mask: Tensor | None, T: int) -> tuple[Tensor | None, Tensor | None]:
+    """Lengths, and how far each row must move left for its padding to be on the right; None where nothing is padded."""
+    if mask is None or mask.shape[1] < T:
+        return None, None
+    mask = mask[:, -T:].to(torch.int64)
+    lengths_B = mask.sum(1)
+    if bool((lengths_B == T).all()):
+        return None, None
+    first_B = mask.argmax(1)
+    return lengths_B, first_B if bool((first_B > 0).any()) else None
+
+
+def _rolled(x: Tensor, shift_B: Tensor) -> Tensor:
+    """Row b of x rolled left by shift_B[b] along the second dimension."""
+    T = x.shape[1]
+    index = (torch.arange(T, device=x.device)[None] + shift_B[:, None]) % T
+    return x.gather(1, index.view(*index.shape, *[1] * (x.dim() - 2)).expand_as(x))
