@@ -162,6 +162,8 @@ class CorpusData(Strict):
     """Tokens per document; longer texts are cut into windows, shorter ones are left out and counted."""
     text_column: str = "text"
     """Where the text of a row is, for `path`."""
+    workers: NonNegativeInt = 0
+    """Processes that make batches ahead of time; changes speed, not content."""
 
     @model_validator(mode="after")
     def _one_way(self) -> CorpusData:

@@ -7,6 +7,7 @@ the same loss and the same gradients. No state is forked here and no batch is sh
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from refine_harness.algorithm.advantage import group_advantages
 from refine_harness.algorithm.loss import policy_loss
@@ -17,9 +18,16 @@ from refine_harness.types import Batch, Losses, Rollouts
 
 
 def refine_step_by_rereading(
-    model: FastWeightLM, batch: Batch, algorithm: Algorithm, rollouts: Rollouts
+    model: FastWeightLM,
+    batch: Batch,
+    algorithm: Algorithm,
+    rollouts: Rollouts,
+    advantages_BCN: Tensor | None = None,
 ) -> Losses:
-    """Losses of `refine_step` for rollouts that were sampled before; their stored log-probabilities are the old ones."""
+    """Losses of `refine_step` for rollouts that were sampled before; their stored log-probabilities are the old ones.
+
+    advantages_BCN: of rollouts that were judged before, too; None judges them with the model as it is.
+    """
     K = algorithm.rollout_length
     ntp, count, policy, tokens = [], 0, [], 0
     for b, length in enumerate(batch.lengths_B.tolist()):
@@ -45,10 +53,13 @@ def refine_step_by_rereading(
                     ).squeeze()
                 )
         shape = rollouts.tokens_BCNK.shape[1:]
+        judged_1CN = group_advantages(
+            torch.stack(rewards).view(1, *shape[:2]), over=algorithm.group, scale=algorithm.scale
+        )
         losses = policy_loss(
             torch.stack(logprobs).view(1, *shape),
             rollouts.logprobs_BCNK[b : b + 1],
-            group_advantages(torch.stack(rewards).view(1, *shape[:2]), over=algorithm.group, scale=algorithm.scale),
+            judged_1CN if advantages_BCN is None else advantages_BCN[b : b + 1],
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
             dual_clip=algorithm.dual_clip,

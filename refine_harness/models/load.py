@@ -6,6 +6,8 @@ Only safetensors are read and no code from a checkpoint is run.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from refine_harness.errors import ModelError, suggest
+from refine_harness.errors import ModelError, RunError, suggest
 from refine_harness.models.base import FastWeightLM
 from refine_harness.models.deltanet import DeltaNetConfig, DeltaNetForCausalLM
 
@@ -174,3 +176,36 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ModelError(f"{path} holds a {type(tree).__name__}; expected an object. Give a model's config.json.")
     return tree
+
+
+def create_model(config: str | Path, tokenizer: str | Path, out: str | Path, *, seed: int = 0) -> Path:
+    """A folder with random float32 weights for `config` (a config.json) and a copy of the tokenizer.
+
+    Raises ModelError for a config or tokenizer that cannot be used, and RunError when `out` cannot be written.
+    """
+    tree = read_json(Path(config))
+    kind = tree.get("model_type")
+    if kind not in MODELS:
+        raise ModelError(f"{config} is of model_type {kind!r}; this version makes {', '.join(MODELS)}.")
+    settings, family = MODELS[kind]
+    try:
+        described = settings.from_dict(tree)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{config} does not describe a {kind} model ({_first_line(error)}).") from None
+    words = load_tokenizer(tokenizer)
+    _check_tokenizer(tokenizer, described, words)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = family(described)
+    out = Path(out)
+    draft = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(draft)
+        words.save_pretrained(draft)
+        os.replace(draft, out)
+    except OSError as error:
+        raise RunError(f"{out} cannot be written ({error.strerror}). Choose another --out.") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return out

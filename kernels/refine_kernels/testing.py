@@ -1,0 +1,47 @@
+"""What tests of kernels share: one table of tolerances, and memory that is poisoned before use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 2e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+"""Largest ‖got - want‖ / ‖want‖, by the narrower of the two dtypes. CI and GPU runs use this one table."""
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """‖got - want‖ / ‖want‖ in float64; ‖got‖ where want is zero; infinite where either is not finite."""
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    if not (got.isfinite().all() and want.isfinite().all()):
+        return float("inf")
+    scale = want.norm()
+    return float((got - want).norm() / scale) if scale > 0 else float(got.norm())
+
+
+def assert_close(got: Tensor, want: Tensor, name: str = "result") -> None:
+    """Raise AssertionError unless `got` is `want` within the table."""
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    narrow = min((got.dtype, want.dtype), key=lambda dtype: -TOLERANCE[dtype])
+    error = relative_error(got, want)
+    assert error <= TOLERANCE[narrow], f"{name}: relative error {error:.2e}, allowed {TOLERANCE[narrow]:.0e}"
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill memory from torch.empty with NaN, so that reading what nothing wrote shows."""
+    before = (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]

@@ -1,0 +1,5 @@
+"""`python -m refine_harness` is `refine`."""
+
+from refine_harness.cli import main
+
+main()

@@ -1,0 +1,167 @@
+"""What all generated tasks share: their settings, a tokenizer to count with, and their examples as a data set.
+
+lm-eval hands the functions that build data one flat mapping (a YAML's metadata, the model's arguments, the command
+line's `--metadata`), in which everything may be a string. `GeneratorSettings.read` is where it becomes typed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from refine_harness.errors import TaskError
+from refine_harness.resources import find
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Doc = dict[str, Any]
+"""One example as lm-eval sees it."""
+
+T = TypeVar("T")
+
+SPLIT = "test"
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """How many examples of which lengths are generated, and from what."""
+
+    lengths: tuple[int, ...] = (4096,)
+    """Tokens of prompt and answer together. Key `lengths`, or `max_seq_lengths` as lm-eval's own RULER says."""
+    samples: int = 500
+    """Examples per task and length, before `limit`."""
+    limit: int | None = None
+    """At most so many of them are made; they are the same with and without a limit."""
+    seed: int = 42
+    tokenizer: str | None = None
+    """Folder or id whose tokenizer counts. Keys `tokenizer`, `pretrained` or `model`, in this order."""
+    data: str | None = None
+    """Folder with local data; shipped data is found from any folder (`configs/...`). Keys `data` or `data_dir`."""
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, Any]) -> GeneratorSettings:
+        """Settings from lm-eval's mapping; keys that mean nothing here are passed over. Raises TaskError."""
+        lengths = metadata.get("lengths") or metadata.get("max_seq_lengths") or cls.lengths
+        if isinstance(lengths, str):
+            lengths = [part for part in lengths.replace(",", " ").split() if part]
+        if not isinstance(lengths, Sequence) or isinstance(lengths, str):
+            lengths = [lengths]
+        limit = metadata.get("limit")
+        return cls(
+            lengths=tuple(sorted({_positive(length, "lengths") for length in lengths})),
+            samples=_positive(metadata.get("samples") or cls.samples, "samples"),
+            limit=None if limit is None else _positive(limit, "limit"),
+            seed=int(metadata.get("seed") or 0) if "seed" in metadata else cls.seed,
+            tokenizer=_first(metadata, "tokenizer", "pretrained", "model"),
+            data=data_folder(metadata),
+        )
+
+    @property
+    def count(self) -> int:
+        """Examples per task and length."""
+        return self.samples if self.limit is None else min(self.samples, self.limit)
+
+    def token_counter(self, task: str) -> Callable[[str], int]:
+        """Counts a text's tokens, without special ones. Raises TaskError when there is no usable tokenizer."""
+        if self.tokenizer is None:
+            raise TaskError(
+                f"{task} needs a tokenizer to make prompts of a given length. "
+                "Give metadata tokenizer=<model folder>, or a model with pretrained=<model folder>."
+            )
+        return token_counter(self.tokenizer)
+
+
+def _positive(value: Any, name: str) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number <= 0 or (isinstance(value, float) and value != number):
+        raise TaskError(f"{name} is {value!r}; expected a whole number above 0, or several separated by commas.")
+    return number
+
+
+def _first(metadata: Mapping[str, Any], *keys: str) -> str | None:
+    for key in keys:
+        if isinstance(value := metadata.get(key), str) and value:
+            return value
+    return None
+
+
+def data_folder(metadata: Mapping[str, Any]) -> str | None:
+    """The folder with local data that lm-eval's mapping names, or None."""
+    named = _first(metadata, "data", "data_dir")
+    return None if named is None else str(find(named, "configs"))
+
+
+@lru_cache(maxsize=4)
+def token_counter(source: str) -> Callable[[str], int]:
+    """Counts tokens with the tokenizer at `source`, a model folder, an embedded model's name or a hub id."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from refine_harness.models import EMBEDDED, resolve_model
+
+    transformers_logging.set_verbosity_error()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(source) if source == EMBEDDED else source, trust_remote_code=False
+        )
+    except Exception as error:  # many kinds for one cause: there is no tokenizer
+        raise TaskError(
+            f"no tokenizer can be read from {source} ({first_line(error)}). "
+            "Give the folder of a model with its tokenizer."
+        ) from None
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+
+    def count(text: str) -> int:
+        if backend is not None:
+            return len(backend.encode(text, add_special_tokens=False).ids)
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    if count("The quick brown fox.") == 0:
+        raise TaskError(
+            f"the tokenizer of {source} makes no token of English text. Give the folder of a model with its tokenizer."
+        )
+    return count
+
+
+def by_length(lengths: Iterable[int], make: Callable[[int], Iterable[Doc]]) -> dict[str, Dataset]:
+    """The examples of every length, index by index, so that the first n of them spread over all lengths.
+
+    lm-eval's own `limit` cuts the front of a task; this keeps it from cutting whole lengths away.
+    """
+    columns = [list(make(length)) for length in lengths]
+    rows = [row for rank in range(max(map(len, columns), default=0)) for row in _at(columns, rank)]
+    return as_dataset(rows)
+
+
+def _at(columns: Sequence[Sequence[T]], rank: int) -> list[T]:
+    return [column[rank] for column in columns if rank < len(column)]
+
+
+def as_dataset(rows: Sequence[Doc]) -> dict[str, Dataset]:
+    """Rows in memory, as the one split that tasks are scored on."""
+    import datasets
+
+    return {SPLIT: datasets.Dataset.from_list(list(rows), split=datasets.Split.TEST)}
+
+
+def data_sha256(docs: Iterable[Mapping[str, Any]]) -> str:
+    """SHA-256 of examples in their order: what was asked and what would have been right, whoever generated it."""
+    digest = hashlib.sha256()
+    for doc in docs:
+        digest.update(json.dumps(doc, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass"))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for the middle of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
