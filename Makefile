@@ -23,7 +23,7 @@ help:
 	@echo "make test         set up, then the tests"
 	@echo "make check        ruff and pyright"
 	@echo "make bench        time a ReFINE step against a next-token step"
-	@echo "make leaderboard  the page, from leaderboard/records"
+	@echo "make leaderboard  the page and the README's table, from leaderboard/records"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
 setup: $(VENV)/.ready
@@ -43,7 +43,7 @@ bench: $(VENV)/.ready
 	@$(BIN)/python benchmarks/step.py
 
 leaderboard: $(VENV)/.ready
-	@$(BIN)/refine leaderboard build
+	@$(BIN)/refine leaderboard build --readme README.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache dist build

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from refine_harness import __version__
-from refine_harness.errors import ConfigError, ModelError, RefineError, RunError, suggest
+from refine_harness.errors import ConfigError, RefineError, RunError, suggest
 
 if TYPE_CHECKING:
     from refine_harness.config import Evaluation, Strict
@@ -297,14 +297,22 @@ def build_page(
     out: Annotated[Path, typer.Option("--out", help="Folder to write index.html and records.json to.")] = Path(
         "leaderboard"
     ),
+    readme: Annotated[
+        Path | None, typer.Option("--readme", help="Also put the table between a README's results marks.")
+    ] = None,
 ) -> None:
     """Write the page: scores with standard errors, score against length, and the paper's rows marked as such.
 
     Example: `refine leaderboard build --records runs/quickstart/records --out page`
     """
     from refine_harness import leaderboard
+    from refine_harness.records import in_order, read_records
 
-    print(leaderboard.build(_record_folders(records), out))
+    folders = _record_folders(records)
+    print(leaderboard.build(folders, out))
+    if readme is not None:
+        found = in_order(record for folder in folders for record in read_records(folder))
+        leaderboard.fill_readme(readme, found, f"{folders[0].name if records else 'leaderboard/records'}/")
 
 
 @command(pages, "check")
@@ -337,7 +345,9 @@ def init(
     """
     _require_new(out)
 
-    print(_create_model(config, tokenizer, out, seed))
+    from refine_harness.models.load import create_model
+
+    print(create_model(config, tokenizer, out, seed=seed))
 
 
 @command(app, "tokenizer")
@@ -452,45 +462,6 @@ def _require_new(out: Path) -> None:
         return
     if out.exists():
         raise RunError(f"{out} exists already. Choose another --out, or remove it.")
-
-
-def _create_model(config: Path, tokenizer: str, out: Path, seed: int) -> Path:
-    """A Hugging Face folder `out` with seeded random weights; it appears whole or not at all. Raises ModelError."""
-    import os
-    import shutil
-
-    import torch
-    from transformers import AutoTokenizer
-
-    from refine_harness.models.load import MODELS, read_json
-
-    tree = read_json(config)
-    if (kind := tree.get("model_type")) not in MODELS:
-        raise ModelError(f"{config} is of model_type {kind!r}; this version makes {', '.join(MODELS)}.")
-    config_class, model_class = MODELS[kind]
-    try:
-        words = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise many kinds for one cause: the files are not a tokenizer
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"there is no tokenizer to be read at {tokenizer} ({reason}). Give its folder.") from None
-    special = {f"{role}_token_id": getattr(words, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    shape = config_class.from_dict({**tree, **special})
-    if len(words) > shape.vocab_size:
-        raise ModelError(
-            f"the tokenizer {tokenizer} has {len(words)} tokens and {config} a vocab_size of {shape.vocab_size}. "
-            "Raise vocab_size or train a smaller tokenizer."
-        )
-    torch.manual_seed(seed)
-    draft = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    try:
-        model_class(shape).save_pretrained(draft)
-        words.save_pretrained(draft)
-        os.replace(draft, out)
-    except OSError as error:
-        raise RunError(f"{out} cannot be written ({error.strerror}). Choose another --out.") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return out
 
 
 def explained(settings: Strict, indent: str = "") -> list[str]:

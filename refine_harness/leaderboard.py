@@ -16,13 +16,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from refine_harness.errors import RunError
+from refine_harness.errors import DataError, RunError
 from refine_harness.records import SHORT_ID, ScoreRecord, TaskScore, in_order, read_records
 from refine_harness.resources import resource
 
@@ -159,6 +160,14 @@ def group_columns(records: Sequence[ScoreRecord]) -> list[Column]:
     ]
 
 
+def overview_columns(records: Sequence[ScoreRecord]) -> list[Column]:
+    """Group means, and the tasks of groups that have none, such as a stock task asked for by itself."""
+    means = group_columns(records)
+    with_means = {column.full for column in means}
+    others = {score.group for record in records for score in record.scores} - with_means
+    return [*means, *(column for group in sorted(others, key=_group_rank) for column in task_columns(records, group))]
+
+
 def _group_score(record: ScoreRecord, group: str, length: int | None) -> Score | None:
     for score in record.groups:
         if (score.group, score.length) == (group, length):
@@ -208,9 +217,8 @@ def _short_names(tasks: Sequence[str]) -> dict[str, str]:
 
 
 def score_table(records: Sequence[ScoreRecord], columns: Sequence[Column]) -> ScoreTable:
-    """The records that have a number in any column, with each column's leaders marked."""
+    """`records` against `columns`, with each column's leaders marked."""
     found = [(record, [column.find(record) for column in columns]) for record in records]
-    found = [(record, scores) for record, scores in found if any(scores)]
     down = [[scores[i] for _, scores in found] for i in range(len(columns))]
     mixed = tuple(len({score.basis for score in column if score}) > 1 for column in down)
     best = [set() if mixed[i] else leaders(column) for i, column in enumerate(down)]
@@ -428,20 +436,9 @@ def render(records: Iterable[ScoreRecord]) -> str:
     folder = resource("leaderboard")
     style = (folder / "page.css").read_text(encoding="utf-8")
     script = (folder / "page.js").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["count"] = count_text
-    environment.filters["seconds"] = seconds_text
-    environment.filters["at"] = length_text
-    environment.filters["short"] = lambda digest: digest[:SHORT_ID]
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         parents=_parents(measured),
-        overview=score_table(measured, group_columns(measured)),
+        overview=score_table(measured, overview_columns(measured)),
         measured=measured,
         sections=_sections(measured),
         paper=_paper_tables(paper),
@@ -461,6 +458,22 @@ def render(records: Iterable[ScoreRecord]) -> str:
     )
 
 
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(resource("leaderboard")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["count"] = count_text
+    environment.filters["seconds"] = seconds_text
+    environment.filters["at"] = length_text
+    environment.filters["short"] = lambda digest: digest[:SHORT_ID]
+    return environment.get_template("page.html.j2")
+
+
 def _parents(records: Sequence[ScoreRecord]) -> dict[str, str]:
     """Weights hash to the label of the run that made them; test-time training starts from those of an earlier run."""
     makers = [record for record in records if record.stage != "test-time" and record.model.weights_sha256]
@@ -473,13 +486,14 @@ def _sections(records: Sequence[ScoreRecord]) -> list[Section]:
     sections: list[Section] = []
     for group in sorted(found, key=_group_rank):
         columns = task_columns(records, group)
+        scored = [record for record in records if any(score.group == group for score in record.scores)]
         sections.append(
             Section(
                 group=group,
                 title=group_title(group),
                 meaning=GROUPS[group][1] if group in GROUPS else "",
                 chart=chart(records, group),
-                table=score_table(records, columns),
+                table=score_table(scored, columns),
                 lengths=tuple(sorted({column.length for column in columns if column.length is not None})),
             )
         )
@@ -572,7 +586,7 @@ def _replace(path: Path, content: bytes) -> None:
 def markdown_table(records: Sequence[ScoreRecord], links: str | None = None) -> str:
     """Group means of `records`, in their order, as a GitHub table; with `links`, a prefix of the records' file names,
     each label links to its record."""
-    table = score_table(records, group_columns(records))
+    table = score_table(records, overview_columns(records))
     head = ["run", *(f"{_markdown(c.full)} {c.at}".strip() for c in table.columns), "examples per task", "note"]
     lines = [_line(head), _line(["-", *("-:" for _ in head[1:-1]), "-"])]
     for row in table.rows:
@@ -582,6 +596,18 @@ def markdown_table(records: Sequence[ScoreRecord], links: str | None = None) -> 
         scores = [_both(cell.score, " ") for cell in row.cells]
         lines.append(_line([label, *scores, examples_text(row.record), _remarks(row.record)]))
     return "\n".join(lines) + "\n"
+
+
+def fill_readme(readme: Path, records: Sequence[ScoreRecord], links: str) -> None:
+    """Put `markdown_table` of `records` between the two `results` marks of a README. Raises DataError without marks."""
+    text = readme.read_text(encoding="utf-8")
+    head, opening, rest = text.partition("<!-- results")
+    mark, arrow, inside = rest.partition("-->")
+    _, closing, tail = inside.partition("<!-- /results -->")
+    if not (opening and arrow and closing):
+        raise DataError(f"{readme} has no <!-- results --> and <!-- /results --> marks. Put them where the table belongs.")
+    table = markdown_table(records, links) if records else ""
+    _replace(readme, f"{head}{opening}{mark}{arrow}\n{table}{closing}{tail}".encode())
 
 
 def _both(score: Score | None, between: str) -> str:
@@ -612,7 +638,7 @@ def summary_table(records: Sequence[ScoreRecord]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shown = score_table(records, group_columns(records))
+    shown = score_table(records, overview_columns(records))
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -31,7 +31,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    JsonValue,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -117,7 +116,7 @@ def _plain(value: Any) -> Any:
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Shown = Annotated[str, AfterValidator(shown_path)]
 Version = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int | float) else value)]
-PlainConfig = Annotated[dict[str, JsonValue], BeforeValidator(_plain)]
+PlainConfig = Annotated[dict[str, Any], BeforeValidator(_plain)]
 
 
 class Facts(BaseModel):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from refine_harness import leaderboard
 from refine_harness.checkpoint import (
@@ -42,7 +43,7 @@ from refine_harness.models import load_model, load_tokenizer, resolve_model
 from refine_harness.records import ScoreRecord, TrainingFacts, canonical_json, read_record, write_record
 from refine_harness.training.stages import open_data
 from refine_harness.training.stages import train as training_steps
-from refine_harness.training.trainer import Trainer
+from refine_harness.training.trainer import Trainer, training_device
 
 Method = Literal["none", "ntp", "refine"]
 
@@ -174,8 +175,9 @@ def _train(stage: str, model: str, out: Path, config: TrainConfig, progress: Pro
         progress.say(f"{title}: done before")
         return _made_before(str(done))
 
+    transformers_logging.disable_progress_bar()  # its bar over the shards of a checkpoint would break ours
     resumed = latest_checkpoint(out)
-    network, tokenizer = load_model(resumed or source, config.device, config.dtype)
+    network, tokenizer = load_model(resumed or source, training_device(config.device), config.dtype)
     data = open_data(config, tokenizer)
     trainer = Trainer(network, config)
     claim_run_folder(out, fingerprint)

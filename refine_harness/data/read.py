@@ -175,8 +175,10 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
                     raise DataError(
                         f"{file}, line {number} holds a {type(row).__name__}; expected one JSON object a line."
                     )
+                if "\\ud" in line.lower():
+                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
                 yield row
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, UnicodeError, json.JSONDecodeError, RecursionError) as error:
         raise DataError(_corrupt(file, "jsonl", error)) from None
 
 

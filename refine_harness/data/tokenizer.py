@@ -53,23 +53,28 @@ def encode_one(tokenizer: Any, text: str) -> np.ndarray:
 
 
 class WordEncoder:
-    """Encodes and counts many similar texts quickly: a word, with the white space before it, is encoded once.
+    """Encodes and counts many similar texts quickly: a word is encoded once, with the space before it.
 
-    Most tokenizers never put the end of a word and the white space after it into one token, and then the ids of
-    a text are those of its words. Whether that holds is tried on a text that mixes what can go wrong; where it
-    does not, every text is encoded whole, so that `encode` and `count` are exact either way.
+    Most tokenizers never put the end of a word and the space after it into one token, and then the ids of a text
+    are those of its words. Whether that holds is tried on a text that mixes what can go wrong; where it does
+    not, every text is encoded whole, so that `encode` and `count` are exact either way.
     """
 
-    PROBE = 'Well?" (No.)\n\nHe said: "12 345,\n6789"  and  x-y; 70%...\nAn end.\n\n\t- Item: café—naïve!\n\nQ: 3?\n'
-    _WORD = re.compile(r"\s*\S+|\s+$")
+    PROBE = (
+        'Well?" (No.)\n\nHe said: "12 345,\n6789"  and  x-y; 70%...\nAn end.\n\n\t- Item: café—naïve!\n   Q: 3? \nA \n'
+    )
+    _SPACE = re.compile(r" (?=\S)")
     _ANCHOR = "."
     """What a word is encoded after: some tokenizers treat a word that starts a text in a way of its own."""
+    _FIRST = "\ud800"
+    """Marks a text's first word; no text has this code point, which UTF-8 cannot write."""
     _CACHED_WORDS = 200_000
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._dtype = id_dtype(tokenizer)
         self._ids: dict[str, list[int]] = {}
+        self._counts: dict[str, int] = {}
         self._anchor = encode_one(tokenizer, self._ANCHOR).tolist()
         self.by_words = True
         """Whether texts are put together from words."""
@@ -77,9 +82,14 @@ class WordEncoder:
 
     def count(self, text: str) -> int:
         """Tokens of `text`, without special tokens."""
-        if self.by_words:
-            return sum(map(len, self._word_ids(text)))
-        return len(encode_one(self._tokenizer, text))
+        if not self.by_words:
+            return len(encode_one(self._tokenizer, text))
+        words = self._words(text)
+        try:
+            return sum(map(self._counts.__getitem__, words))
+        except KeyError:
+            self._learn(words)
+            return sum(map(self._counts.__getitem__, words))
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """What `encode_all` returns."""
@@ -88,26 +98,28 @@ class WordEncoder:
         return encode_all(self._tokenizer, texts)
 
     def _by_words(self, text: str) -> np.ndarray:
-        return np.fromiter(chain.from_iterable(self._word_ids(text)), dtype=self._dtype)
+        words = self._words(text)
+        self._learn(words)
+        return np.fromiter(chain.from_iterable(map(self._ids.__getitem__, words)), dtype=self._dtype)
 
-    def _word_ids(self, text: str) -> list[list[int]]:
-        words = self._WORD.findall(text)
-        if words:
-            # A text's first word is kept apart from the same word after others.
-            words[0] = f"\0{words[0]}"
-        ids = self._ids
-        try:
-            return list(map(ids.__getitem__, words))
-        except KeyError:
-            pass
-        if len(ids) > self._CACHED_WORDS:
-            ids.clear()
-        new = [word for word in dict.fromkeys(words) if word not in ids]
-        after = [word[1:] if word[0] == "\0" else self._ANCHOR + word for word in new]
-        cut = len(self._anchor)
-        for word, encoded in zip(new, encode_all(self._tokenizer, after), strict=True):
-            ids[word] = encoded.tolist() if word[0] == "\0" else encoded[cut:].tolist()
-        return list(map(ids.__getitem__, words))
+    def _words(self, text: str) -> list[str]:
+        """Words without the space before them; other white space stays with the word that it touches."""
+        # Splitting at every space is several times faster, and the same where no two spaces meet.
+        words = self._SPACE.split(text) if "  " in text else text.split(" ")
+        # A text's first word has no space before it: it is kept apart from the same word after others.
+        words[0] = f"{self._FIRST}{words[0]}"
+        return words
+
+    def _learn(self, words: Sequence[str]) -> None:
+        if len(self._ids) > self._CACHED_WORDS:
+            self._ids.clear()
+            self._counts.clear()
+        new = [word for word in dict.fromkeys(words) if word not in self._ids]
+        first = [word[:1] == self._FIRST for word in new]
+        after = [word[1:] if alone else f"{self._ANCHOR} {word}" for word, alone in zip(new, first, strict=True)]
+        for word, alone, encoded in zip(new, first, encode_all(self._tokenizer, after), strict=True):
+            ids = encoded.tolist() if alone else encoded[len(self._anchor) :].tolist()
+            self._ids[word], self._counts[word] = ids, len(ids)
 
 
 def count_all(tokenizer: Any, texts: Sequence[str]) -> list[int]:

@@ -103,11 +103,9 @@ def data_folder(metadata: Mapping[str, Any]) -> str | None:
 def token_counter(source: str) -> Callable[[str], int]:
     """Counts tokens with the tokenizer at `source`, a model folder, an embedded model's name or a hub id."""
     from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
     from refine_harness.models import EMBEDDED, resolve_model
 
-    transformers_logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(source) if source == EMBEDDED else source, trust_remote_code=False

@@ -278,10 +278,13 @@ class RefineLM(TemplateLM):
             for index in pending:
                 tokens = self.tok_encode(requests[index].args[0], add_special_tokens=False)
                 prompts.append(_Prompt(index, array("i", [self.prefix_token_id]), False, array("i", tokens)))
-            yield from self._score(prompts)
+            # All share one context, the begin token; in batches, so that answers come (and are kept) one by one.
+            lengths = [len(prompt.continuation) for prompt in prompts]
+            for batch in self._by_length(range(len(prompts)), lengths):
+                for results in self._score([prompts[i] for i in batch]):
+                    yield [replace(result, value=result.value[0]) for result in results]
 
-        results = self._answer("loglikelihood_rolling", requests, keys, answers, disable_tqdm)
-        return [logprob for logprob, _ in results]
+        return self._answer("loglikelihood_rolling", requests, keys, answers, disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -400,14 +403,20 @@ class RefineLM(TemplateLM):
         return [values[index] for index in range(len(requests))]
 
     def _share(self, requests: Sequence[Instance], indices: list[int]) -> list[int]:
-        """Which of the requests this process answers: long and short ones spread evenly, a context's all together."""
+        """Which of the requests this process answers: about as much text for each, a context's all together."""
         if self.processes == 1:
             return indices
         of_context: dict[str, list[int]] = {}
         for index in indices:
             of_context.setdefault(requests[index].args[0], []).append(index)
-        longest_first = sorted(of_context, key=lambda context: -len(context))
-        return sorted(i for context in longest_first[self.process :: self.processes] for i in of_context[context])
+        loads = [0] * self.processes
+        mine: list[int] = []
+        for context in sorted(of_context, key=lambda context: -len(context)):
+            process = loads.index(min(loads))
+            loads[process] += len(context)
+            if process == self.process:
+                mine += of_context[context]
+        return sorted(mine)
 
     def _everyones(self, results: list[_Result]) -> list[list[_Result]]:
         """The results of every process, in every process."""

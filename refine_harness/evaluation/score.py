@@ -32,7 +32,7 @@ from refine_harness.errors import RunError, TaskError
 from refine_harness.evaluation.lm import Progress, RefineLM, RefineTTTLM, tokenizer_sha256
 from refine_harness.evaluation.tasks import PREFIX, Resolved, extract_scores, resolve, sorted_samples
 from refine_harness.evaluation.tasks import TaskScore as Found
-from refine_harness.models.load import resolve_model
+from refine_harness.models.load import pick_device, resolve_model
 from refine_harness.records import (
     EvaluationFacts,
     GroupScore,
@@ -72,8 +72,9 @@ def score(
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ScoreRecord | None:
-    """Score a checkpoint; its record, which the caller writes where it belongs. Where several processes run, all call this;
-    the first gets the record, the others None.
+    """Score a checkpoint; its record, which the caller writes where it belongs.
+
+    Where several processes run, all make this call; the first gets the record, the others None.
 
     Args:
         model: a model folder, the name of an embedded model or a hub id.
@@ -94,6 +95,7 @@ def score(
     """
     with _quiet(), _own_randomness():
         source = resolve_model(model)
+        pick_device(evaluation.device)  # the backend takes the CPU where lm-eval's default device is not there
         resolved = resolve(evaluation.tasks, evaluation, source)
         resolved.load()
         lm = _backend(source, evaluation, test_time, loaded, cache_dir, progress)

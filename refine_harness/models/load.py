@@ -5,9 +5,11 @@ Only safetensors are read and no code from a checkpoint is run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,11 @@ def load_config(name: str | Path) -> PretrainedConfig:
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model. Raises ModelError."""
-    source = resolve_model(name)
+    """The tokenizer of a model, or in a folder of its own. Raises ModelError."""
+    source = str(name) if Path(name).is_dir() else resolve_model(name)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with _silence():
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raise many kinds for one cause: the files are not a tokenizer
         raise ModelError(f"{name} has no tokenizer that can be read ({_first_line(error)}). Put tokenizer.json and tokenizer_config.json beside the model.") from None
 
@@ -124,27 +127,44 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 def _load_weights(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) -> FastWeightLM:
     source = resolve_model(name)
     kind = MODELS[config.model_type][1]
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        loaded: Any = kind.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        with _silence():
+            loaded: Any = kind.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, in one sentence
+                output_loading_info=True,
+            )
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
     except Exception as error:  # safetensors, json and torch each have their own; the cause for the user is one
-        raise ModelError(f"the weights of {name} cannot be read ({_first_line(error)}). Copy the checkpoint again.") from None
-    finally:
-        if bar:
-            logging.enable_progress_bar()
+        raise ModelError(
+            f"the weights of {name} cannot be read ({_first_line(error)}). Copy the checkpoint again."
+        ) from None
     model, info = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(str(key) for key in info.get(what) or ()):
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(what) or ()):
             raise ModelError(
                 f"the weights of {name} do not fit its config.json: {what.replace('_', ' ')} {keys[0]}"
                 f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}. Use the config that the weights were saved with."
             )
     return model
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """transformers' bars and reports kept off the terminal: what matters of them is raised here as one sentence."""
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _check_tokenizer(name: str | Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -201,8 +221,9 @@ def create_model(config: str | Path, tokenizer: str | Path, out: str | Path, *, 
     draft = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(draft)
-        words.save_pretrained(draft)
+        with _silence():
+            model.save_pretrained(draft)
+            words.save_pretrained(draft)
         os.replace(draft, out)
     except OSError as error:
         raise RunError(f"{out} cannot be written ({error.strerror}). Choose another --out.") from None

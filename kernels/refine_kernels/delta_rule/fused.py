@@ -21,6 +21,10 @@ def why_not(x: Tensor) -> str | None:
         return f"the tensor is on {x.device.type}, not on cuda"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"the tensor is {x.dtype}; the kernels take bfloat16 or float16"
+    try:
+        import fla.ops.delta_rule  # noqa: F401
+    except ImportError as error:
+        return f"flash-linear-attention cannot be imported ({error})"
     return None
 
 

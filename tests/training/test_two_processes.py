@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from refine_harness.training.trainer import Trainer
+
+WORKER = Path(__file__).with_name("two_processes.py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_learn_what_one_does(lab, tmp_path):
+    together = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(tmp_path)],
+        env={**os.environ, **together},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+    alone = Trainer(lab.model(), lab.mid(steps=3, sequences=8, micro=1))
+    reports = list(alone.run(lab.batches(rows=8)))
+    expected = lab.weights(alone.model)
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        losses, facts = found.pop("losses").tolist(), found.pop("facts").tolist()
+        assert lab.furthest(expected, found) < 1e-10
+        for report, (loss, norm, tokens), (reward, ratio_max) in zip(reports, losses, facts, strict=True):
+            assert (loss, norm) == pytest.approx((report.loss, report.gradient_norm), rel=1e-6)
+            assert tokens == report.tokens
+            assert (reward, ratio_max) == pytest.approx((report.facts["reward"], report.facts["ratio_max"]), rel=1e-6)

@@ -1,0 +1,52 @@
+"""Run by test_two_processes.py in an interpreter of its own: two processes train together and write their weights.
+
+The second is forked from the first once everything is imported, which halves the time of the test.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conftest import Lab
+
+from refine_harness.data.stream import rank_positions
+from refine_harness.training.trainer import Trainer
+
+
+def train(rank: int, out: Path) -> None:
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    lab = Lab()
+    trainer = Trainer(lab.model(), lab.mid(steps=3, sequences=8, micro=1))
+    assert (trainer.rank, trainer.world_size) == (rank, 2)
+
+    def shares():
+        for number in range(2):
+            rows = rank_positions(0, sequences=8, steps=2, rank=trainer.rank, world_size=trainer.world_size)
+            batch = lab.batch(number, rows=8)
+            yield type(batch)(batch.tokens_BT[rows], batch.lengths_B[rows])
+
+    reports = list(trainer.run(shares()))
+    losses = torch.tensor([[report.loss, report.gradient_norm, report.tokens] for report in reports])
+    facts = torch.tensor([[report.facts["reward"], report.facts["ratio_max"]] for report in reports])
+    save_file(lab.weights(trainer.model) | {"losses": losses, "facts": facts}, out / f"{trainer.rank}.safetensors")
+    trainer.accelerator.end_training()
+
+
+def main(out: Path) -> None:
+    other = multiprocessing.get_context("fork").Process(target=train, args=(1, out), daemon=True)
+    other.start()
+    train(0, out)
+    other.join()
+    sys.exit(other.exitcode)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
