@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# On tiny tensors threads cost more than they save: several times the whole suite where the machine has other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Make the embedded checkpoint from a trained one: bfloat16 weights and the tokenizer. Run: python embed.py FINAL OUT"""
+"""Make the embedded checkpoint from a trained one: bfloat16 weights, tokenizer. Run: python embed.py FINAL OUT"""
 
 from __future__ import annotations
 
