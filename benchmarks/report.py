@@ -67,9 +67,7 @@ def publish(benchmark: str, rows: Sequence[Row], argv: Sequence[str] | None = No
         "dirty": facts.dirty,
         "date": facts.date,
         "command": facts.command,
-        "rows": [
-            {("pass" if key == "passed" else key): value for key, value in asdict(row).items()} for row in rows
-        ],
+        "rows": [{("pass" if key == "passed" else key): value for key, value in asdict(row).items()} for row in rows],
     }
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

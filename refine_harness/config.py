@@ -323,7 +323,9 @@ class Experiment(Strict):
             if run.name in seen:
                 raise ValueError(f"two runs are named {run.name}. Names are folders: make them differ")
             if run.parent is not None and run.parent not in seen:
-                raise ValueError(f"run {run.name} starts from {run.parent}, which is no earlier run.{suggest(run.parent, seen)}")
+                raise ValueError(
+                    f"run {run.name} starts from {run.parent}, which is no earlier run.{suggest(run.parent, seen)}"
+                )
             seen.append(run.name)
         return self
 

@@ -605,7 +605,9 @@ def fill_readme(readme: Path, records: Sequence[ScoreRecord], links: str) -> Non
     mark, arrow, inside = rest.partition("-->")
     _, closing, tail = inside.partition("<!-- /results -->")
     if not (opening and arrow and closing):
-        raise DataError(f"{readme} has no <!-- results --> and <!-- /results --> marks. Put them where the table belongs.")
+        raise DataError(
+            f"{readme} has no <!-- results --> and <!-- /results --> marks. Put them where the table belongs."
+        )
     table = markdown_table(records, links) if records else ""
     _replace(readme, f"{head}{opening}{mark}{arrow}\n{table}{closing}{tail}".encode())
 

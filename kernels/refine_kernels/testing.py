@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,12 @@ def assert_close(got: Tensor, want: Tensor, name: str = "result") -> None:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fill memory from torch.empty with NaN, so that reading what nothing wrote shows."""
-    before = (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+    filling: Any = torch.utils.deterministic
+    before = (torch.are_deterministic_algorithms_enabled(), filling.fill_uninitialized_memory)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    filling.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        filling.fill_uninitialized_memory = before[1]

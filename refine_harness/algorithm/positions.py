@@ -56,12 +56,16 @@ def pick_positions(
         if usable < chunks:
             raise DataError(
                 f"a document of {tokens} tokens has no room for {chunks} chunks and rollouts of {length} tokens; "
-                f"it needs {chunks + length}. Lower algorithm.chunks or algorithm.rollout_length, or use longer documents."
+                f"it needs {chunks + length}. Lower algorithm.chunks or algorithm.rollout_length, or use "
+                f"longer documents."
             )
         draws_C = torch.rand(chunks, generator=generator, dtype=torch.float64)
         edges = [i * usable // chunks for i in range(chunks + 1)]
         rows.append(
-            [start + _pick(pooled_T[start:stop], rule, draw) for start, stop, draw in zip(edges, edges[1:], draws_C)]
+            [
+                start + _pick(pooled_T[start:stop], rule, draw)
+                for start, stop, draw in zip(edges[:-1], edges[1:], draws_C, strict=True)
+            ]
         )
     return torch.tensor(rows, device=entropy_BT.device)
 

@@ -101,9 +101,7 @@ def refine_step(
 
 
 @torch.no_grad()
-def collect(
-    model: FastWeightLM, batch: Batch, algorithm: Algorithm, rng: Sequence[torch.Generator]
-) -> Experience:
+def collect(model: FastWeightLM, batch: Batch, algorithm: Algorithm, rng: Sequence[torch.Generator]) -> Experience:
     """The front half of a step without gradients: rollouts for several optimizer steps to learn from."""
     reading = model.read(batch.tokens_BT, lengths=batch.lengths_B)
     _, entropy_BT = next_token(model, reading, batch)
@@ -130,9 +128,7 @@ def sample_rollouts(
 ) -> tuple[Tensor, Tensor, State]:
     """Positions [B, C], sampled tokens [B, C, N, K], and the attached states they start from (R rows)."""
     C, N, K = algorithm.chunks, algorithm.rollouts, algorithm.rollout_length
-    positions_BC = pick_positions(
-        entropy_BT, batch.lengths_B, chunks=C, length=K, rule=algorithm.positions, rng=rng
-    )
+    positions_BC = pick_positions(entropy_BT, batch.lengths_B, chunks=C, length=K, rule=algorithm.positions, rng=rng)
     uniforms_RK = draw_uniforms(rng, C * N * K).view(-1, K).to(entropy_BT.device)
     states = reading.states_at(positions_BC).repeat(N)
     hidden_RD = reading.at(positions_BC).flatten(0, 1).repeat_interleave(N, 0)
@@ -141,7 +137,12 @@ def sample_rollouts(
 
 
 def read_rollouts(
-    model: FastWeightLM, reading: Reading, positions_BC: Tensor, tokens_BCNK: Tensor, states: State, algorithm: Algorithm
+    model: FastWeightLM,
+    reading: Reading,
+    positions_BC: Tensor,
+    tokens_BCNK: Tensor,
+    states: State,
+    algorithm: Algorithm,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [B, C, N, K] at the sampling temperature and hidden states [B, C, N, K, D], attached.
 

@@ -133,7 +133,7 @@ class FastWeightLM(PreTrainedModel):
         Args:
             tokens_BT: int64; rows shorter than T are padded on the right.
             state: one row per row of tokens; None for texts that begin here.
-            lengths: int64 [B], real tokens per row, at least 1; None when no row is padded. Padding never enters a state.
+            lengths: int64 [B], real tokens per row, at least 1; None when no row is padded. Padding enters no state.
             forkable: keep what `Reading.states_at` needs. False saves memory when only the last state is wanted.
         """
         x_BTD = self.embed(tokens_BT)
@@ -172,7 +172,7 @@ class FastWeightLM(PreTrainedModel):
 
         labels: int64 [B, T], shifted here; -100 is left out. logits_to_keep: as in transformers.
         """
-        B, T = input_ids.shape
+        T = input_ids.shape[1]
         lengths_B, shift_B = _padding(attention_mask, T)
         tokens_BT = input_ids if shift_B is None else _rolled(input_ids, shift_B)
         reading = self.read(

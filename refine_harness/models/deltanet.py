@@ -9,7 +9,7 @@ so the same file runs on a laptop and on a GPU. Options of fla's config that are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,10 @@ from refine_harness.models.base import FastWeightLayer, FastWeightLM, Tape
 
 
 class DeltaNetConfig(PretrainedConfig):
-    """fla's DeltaNet settings, names and defaults. Options about fla's own fused kernels are kept and have no effect."""
+    """fla's DeltaNet settings, names and defaults. Options of fla's own fused kernels are kept, without effect."""
 
     model_type = "delta_net"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
 
     def __init__(
         self,
@@ -94,11 +94,13 @@ class DeltaNetConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.attnres_block_size = attnres_block_size
         super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
+            **{
+                "pad_token_id": pad_token_id,
+                "bos_token_id": bos_token_id,
+                "eos_token_id": eos_token_id,
+                "tie_word_embeddings": tie_word_embeddings,
+                **kwargs,
+            }
         )
 
 
@@ -211,8 +213,7 @@ class DeltaNet(nn.Module):
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The grid state at or before each position, and the delta rule over the few tokens since."""
         k_BTHK, v_BTHV, beta_BTH, rule = tape["k"], tape["v"], tape["beta"], tape["rule"]
-        B, T, H, _ = k_BTHK.shape
-        C = positions_BC.shape[1]
+        B, T = k_BTHK.shape[:2]
         read_BC = positions_BC + 1
         rows_B1 = torch.arange(B, device=k_BTHK.device)[:, None]
         grid_BC = read_BC // rule.stride
@@ -289,7 +290,7 @@ class DeltaNetPreTrainedModel(FastWeightLM):
 
     config_class = DeltaNetConfig
     base_model_prefix = "model"
-    _no_split_modules = ["DeltaNetBlock"]
+    _no_split_modules: ClassVar = ["DeltaNetBlock"]
     _input_embed_layer = "embeddings"
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -334,13 +335,13 @@ class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.lm_head.weight
+        return cast(Tensor, self.lm_head.weight)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embeddings = value
+        self.model.embeddings = cast(nn.Embedding, value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

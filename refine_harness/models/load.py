@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, logging
+from transformers.utils.hub import cached_file
 
 from refine_harness.errors import ModelError, RunError, suggest
 from refine_harness.models.base import FastWeightLM
@@ -46,7 +47,9 @@ def resolve_model(name: str | Path) -> str:
     if path.exists():
         raise ModelError(f"{name} is a file. Give the model folder that holds config.json.")
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        hint = suggest(text, [EMBEDDED]) or f" Give a model folder, the embedded {EMBEDDED}, or a hub id such as fla-hub/delta_net-1.3B-100B."
+        hint = suggest(text, [EMBEDDED]) or (
+            f" Give a model folder, the embedded {EMBEDDED}, or a hub id such as fla-hub/delta_net-1.3B-100B."
+        )
         raise ModelError(f"no model folder at {name}.{hint}")
     return text
 
@@ -77,7 +80,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         with _silence():
             return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raise many kinds for one cause: the files are not a tokenizer
-        raise ModelError(f"{name} has no tokenizer that can be read ({_first_line(error)}). Put tokenizer.json and tokenizer_config.json beside the model.") from None
+        raise ModelError(
+            f"{name} has no tokenizer that can be read ({_first_line(error)}). "
+            "Put tokenizer.json and tokenizer_config.json beside the model."
+        ) from None
 
 
 def load_model(
@@ -99,7 +105,8 @@ def load_model(
     tokenizer = load_tokenizer(name)
     _check_tokenizer(name, config, tokenizer)
     model = _load_weights(name, config, dtype)
-    return model.to(device).eval(), tokenizer
+    torch.nn.Module.to(model, device)
+    return model.eval(), tokenizer
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -148,7 +155,8 @@ def _load_weights(name: str | Path, config: PretrainedConfig, dtype: torch.dtype
         if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(what) or ()):
             raise ModelError(
                 f"the weights of {name} do not fit its config.json: {what.replace('_', ' ')} {keys[0]}"
-                f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}. Use the config that the weights were saved with."
+                f"{f' and {len(keys) - 1} more' if len(keys) > 1 else ''}. Use the config "
+                "that the weights were saved with."
             )
     return model
 

@@ -10,9 +10,8 @@ from refine_harness.algorithm.loss import policy_loss
 from refine_harness.algorithm.positions import pick_positions, pooled_entropy
 from refine_harness.algorithm.reward import REWARDS
 from refine_harness.algorithm.rollout import sample
-from refine_harness.config import Algorithm
+from refine_harness.config import Algorithm, MidConfig, load
 from refine_harness.errors import ConfigError
-from refine_harness.config import MidConfig, load
 
 
 def rng(seed=0):
@@ -57,7 +56,9 @@ def test_entropy_positions_follow_the_softmax():
 
 def test_the_last_usable_position_can_be_drawn():
     drawn = {
-        pick_positions(torch.zeros(1, 23), torch.tensor([23]), chunks=4, length=3, rule="uniform", rng=rng(s))[0, -1].item()
+        pick_positions(torch.zeros(1, 23), torch.tensor([23]), chunks=4, length=3, rule="uniform", rng=rng(s))[
+            0, -1
+        ].item()
         for s in range(200)
     }
     assert max(drawn) == 19
@@ -100,7 +101,9 @@ def test_advantages_in_a_group_sum_to_zero_with_unit_spread(over):
     assert groups.sum(-1).abs().max() < 1e-9
     assert (groups.std(-1) - 1).abs().max() < 1e-4
     plain = group_advantages(rewards, over=over, scale="none")
-    assert (plain + (rewards.flatten(1) if over == "document" else rewards).mean(-1).view(3, -1, 1) - rewards).abs().max() < 1e-12
+    assert (
+        plain + (rewards.flatten(1) if over == "document" else rewards).mean(-1).view(3, -1, 1) - rewards
+    ).abs().max() < 1e-12
 
 
 def test_a_group_without_spread_teaches_nothing_and_is_counted():
@@ -129,6 +132,7 @@ def test_policy_loss_clips_as_ppo_does(ratio, advantage, want):
     assert loss.item() == pytest.approx(want)
     loss.sum().backward()
     clipped = want in (-1.2, 0.8, 3.0)
+    assert logprobs.grad is not None
     assert (logprobs.grad.item() == 0.0) == clipped
 
 

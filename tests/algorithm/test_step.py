@@ -105,7 +105,7 @@ def test_lambda_zero_is_next_token_prediction_and_draws_nothing(model, batch):
     losses = refine_step(model, batch, algorithm, generators)
     got = gradients(model, losses, algorithm)
     assert all(torch.equal(a, g.get_state()) for a, g in zip(before, generators, strict=True))
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=torch.float64), 0
     for b, length in enumerate(batch.lengths_B.tolist()):
         logits = model(batch.tokens_BT[b : b + 1, :length]).logits[0, :-1]
         total = total + torch.nn.functional.cross_entropy(logits, batch.tokens_BT[b, 1:length], reduction="sum")

@@ -45,7 +45,7 @@ def test_chunked_is_token_by_token_with_all_gradients(T):
 
     got_grads = torch.autograd.grad(loss(got.outputs_BTHV, got.state_BHKV), args)
     want_grads = torch.autograd.grad(loss(want, states[-1]), args)
-    for name, a, b in zip("q k v beta state".split(), got_grads, want_grads, strict=True):
+    for name, a, b in zip(["q", "k", "v", "beta", "state"], got_grads, want_grads, strict=True):
         assert_close(a, b, name)
 
 
@@ -55,13 +55,14 @@ def test_boundaries_are_the_states_on_the_grid(T):
     rule = delta_rule(*args, boundaries=True)
     _, states = token_by_token(*args, scale=1.0)
     grid = rule.boundaries_BGHKV
+    assert grid is not None
     for g in range(grid.shape[1]):
         assert_close(grid[:, g], states[min(g * rule.stride, T)])
 
 
 def test_gradcheck():
     args = inputs(5, B=1, H=1, K=3, V=2)
-    assert gradcheck(lambda *x: delta_rule(*x, boundaries=True)[:3], args)
+    assert gradcheck(lambda *x: tuple(part for part in delta_rule(*x, boundaries=True)[:3] if part is not None), args)
 
 
 def test_a_pad_of_strength_zero_writes_nothing_whatever_it_holds():

@@ -97,8 +97,8 @@ def test_forked_is_reread(model, T):
     positions = torch.tensor([[T - 1, T // 2, 0], [T // 3, min(63, T - 1), min(64, T - 1)]])
     reading = model.read(text)
     forked = model.read(rollout, reading.states_at(positions)).hidden
-    reread = []
-    for row, (b, p) in enumerate((b, p) for b in range(2) for p in positions[b].tolist()):
+    reread, places = [], [(b, p) for b in range(2) for p in positions[b].tolist()]
+    for row, (b, p) in enumerate(places):
         reread.append(model.read(torch.cat((text[b, : p + 1], rollout[row]))[None]).hidden[0, p + 1 :])
     want = torch.stack(reread)
     assert_close(forked, want)
@@ -127,6 +127,7 @@ def test_pieces_are_the_whole(model, T):
         reading = model.read(text[:, start : start + 37], state)
         state = reading.state
         pieces.append(reading.hidden)
+    assert state is not None
     whole = model.read(text)
     got = torch.cat(pieces, 1)
     assert_close(got, whole.hidden)

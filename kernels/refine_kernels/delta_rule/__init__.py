@@ -1,6 +1,6 @@
 """The delta rule: write to a key-value memory what it does not yet say, and read it out.
 
-    S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T        o_t = scale * S_t^T q_t
+S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T        o_t = scale * S_t^T q_t
 """
 
 from __future__ import annotations
@@ -38,5 +38,5 @@ def delta_rule(
     Returns `DeltaRule`: outputs in the dtype of v, states in float32 (float64 for float64 inputs). All of it
     carries gradients to all inputs.
     """
-    ops = choose(__package__, impl, q_BTHK)
+    ops = choose(__name__, impl, q_BTHK)
     return ops.delta_rule(q_BTHK, k_BTHK, v_BTHV, beta_BTH, state_BHKV, scale=scale, boundaries=boundaries)

@@ -47,7 +47,7 @@ def delta_rule(
     B, T, H, K = k_BTHK.shape
     V = v_BTHV.shape[-1]
     wide = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
-    scale = K**-0.5 if scale is None else scale
+    scaled = K**-0.5 if scale is None else scale
     L = min(CHUNK, T)
     G = -(-T // L)
 
@@ -77,7 +77,7 @@ def delta_rule(
             S = torch.baddbmm(S, k_g.transpose(-1, -2), u_g)
 
         inside = torch.tril(q @ k.transpose(-1, -2))
-        o = scale * (q @ torch.stack(before, 1) + inside @ torch.stack(written, 1))
+        o = scaled * (q @ torch.stack(before, 1) + inside @ torch.stack(written, 1))
         o_BTHV = o.view(B, H, G * L, V).transpose(1, 2)[:, :T].to(v_BTHV.dtype)
         grid = torch.stack((*before, S), 1).view(B, H, G + 1, K, V).transpose(1, 2) if boundaries else None
     return DeltaRule(o_BTHV, S.view(B, H, K, V), grid, L)
