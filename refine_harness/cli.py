@@ -6,7 +6,6 @@ Nothing slow is imported before a command runs, so `refine --help` answers at on
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -501,6 +500,4 @@ def _yaml_value(value: Any) -> str:
 
 def main() -> None:
     """The `refine` console script."""
-    # Threads that wait by spinning make a machine with other work several times slower; read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -34,6 +34,7 @@ GROUPS = {
     "niah": ("Needle in a haystack", "Find the facts that were hidden in a long text (RULER's eight tasks)."),
     "longqa": ("Long-context questions", "Answer a question whose paragraph is one of very many (RULER's QA tasks)."),
     "longbench": ("LongBench", "English tasks on real long documents: questions, summaries, examples, code."),
+    "longbench_open": ("LongBench, 4 tasks", "The four LongBench tasks whose rows may be passed on."),
 }
 """Title and meaning of the groups of ours, in the order of columns; other groups follow by name."""
 METHODS = {"none": "Not trained", "ntp": "NTP", "refine": "ReFINE"}

@@ -174,7 +174,10 @@ def _live(console: Console) -> LiveProgress:
 
 def step_facts(report: StepReport) -> dict[str, float]:
     """The few numbers of a step that are worth a glance while it trains."""
-    facts = {"loss": report.loss, "ntp": report.ntp_loss, "policy": report.policy_loss, "grad": report.gradient_norm}
+    facts = {"loss": report.ntp_loss}  # the policy loss is near zero by construction; its reward says how it goes
+    if "reward" in report.facts:
+        facts["reward"] = report.facts["reward"]
+    facts["grad"] = report.gradient_norm
     return facts | ({"tokens/s": report.tokens / report.seconds} if report.seconds > 0 else {})
 
 

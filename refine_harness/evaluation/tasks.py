@@ -185,6 +185,8 @@ def resolve(names: Sequence[str], evaluation: Evaluation, tokenizer_path: str) -
     groups = our_groups()
     found = list(dict.fromkeys(_registry_name(name) for name in names))
     covered = {task for group in found for task in groups.get(group, ())}
+    for group in found:
+        covered.update(part for part in found if set(groups.get(part, (part,))) < set(groups.get(group, ())))
     found = [name for name in found if name not in covered]
     return Resolved(
         names=tuple(found),
@@ -196,7 +198,7 @@ def resolve(names: Sequence[str], evaluation: Evaluation, tokenizer_path: str) -
 
 def _registry_name(name: str) -> str:
     groups = our_groups()
-    ours = [*groups, *(task for tasks in groups.values() for task in tasks)]
+    ours = list(dict.fromkeys([*groups, *(task for tasks in groups.values() for task in tasks)]))
     if name.startswith(STOCK):
         bare = name.removeprefix(STOCK)
         if bare in stock_names():
@@ -277,7 +279,9 @@ def _scores(task: str, samples: Sequence[Mapping[str, Any]], results: Mapping[st
     ours = task.startswith(PREFIX)
     metadata = (results.get("configs", {}).get(task, {}).get("metadata") or {}) if ours else {}
     better = results.get("higher_is_better", {}).get(task, {})
-    group = _group_of(task, results) if not ours else _our_group_of(task)
+    group = _group_of(task, results)
+    if ours:  # the group that was asked for; for a task by itself, the one it belongs to
+        group = group.removeprefix(PREFIX) if group is not None else _our_group_of(task)
     by_metric: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for sample in samples:
         for metric in sample["metrics"]:

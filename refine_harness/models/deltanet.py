@@ -204,8 +204,11 @@ class DeltaNet(nn.Module):
         rule = delta_rule(q, k, v, beta_BTH, before.get("memory"), boundaries=forkable)
         y_BTD = self.o_proj(self.o_norm(rule.outputs_BTHV).reshape(B, T, -1))
 
-        end_B1 = (torch.full((B,), T, device=x_BTD.device) if lengths_B is None else lengths_B)[:, None] - 1
-        after = {"memory": rule.state_BHKV, **_last_inputs(inputs, end_B1, T)}
+        if lengths_B is None:
+            last = {name: inputs_BSD[:, T:] for name, inputs_BSD in inputs.items()}
+        else:
+            last = _last_inputs(inputs, lengths_B[:, None] - 1, T)
+        after = {"memory": rule.state_BHKV, **last}
         if not forkable:
             return y_BTD, after, None
         return y_BTD, after, {"k": k, "v": v, "beta": beta_BTH, "rule": rule, "inputs": inputs}

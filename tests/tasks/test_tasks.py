@@ -165,6 +165,9 @@ def test_names_mean_ours_first_and_then_lm_evals(name: str, registered: str):
 def test_a_task_within_a_group_asked_for_is_not_run_twice():
     resolved = resolve(["longbench_trec", "longbench", "longbench", "single_1"], Evaluation(), "unused")
     assert resolved.names == ("refine_longbench", "refine_niah_single_1")
+    part = resolve(["longbench_open", "longbench"], Evaluation(), "unused")
+    assert part.names == ("refine_longbench",)
+    assert resolve(["longbench_open"], Evaluation(), "unused").names == ("refine_longbench_open",)
     assert list(resolved.groups) == ["refine_longbench"]
 
 
@@ -173,7 +176,10 @@ def test_a_task_within_a_group_asked_for_is_not_run_twice():
     [
         ("niahh", r"niahh is not a task\. Did you mean niah\?"),
         ("arc_easyy", r"Did you mean arc_easy\?"),
-        ("qzxv", r"Known are the groups longbench, longqa, niah, their tasks, and the stock tasks of lm-eval\."),
+        (
+            "qzxv",
+            r"Known are the groups longbench, longbench_open, longqa, niah, their tasks, and the stock tasks of lm-eval\.",
+        ),
         ("stock:niah", "niah is not a stock task"),
         ("1", "Write which"),
     ],

@@ -46,6 +46,8 @@ def delta_rule(
     """See `refine_kernels.delta_rule.delta_rule`."""
     B, T, H, K = k_BTHK.shape
     V = v_BTHV.shape[-1]
+    if T == 1 and not boundaries:
+        return _one_token(q_BTHK, k_BTHK, v_BTHV, beta_BTH, state_BHKV, scale)
     wide = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
     scaled = K**-0.5 if scale is None else scale
     L = min(CHUNK, T)
@@ -81,3 +83,19 @@ def delta_rule(
         o_BTHV = o.view(B, H, G * L, V).transpose(1, 2)[:, :T].to(v_BTHV.dtype)
         grid = torch.stack((*before, S), 1).view(B, H, G + 1, K, V).transpose(1, 2) if boundaries else None
     return DeltaRule(o_BTHV, S.view(B, H, K, V), grid, L)
+
+
+def _one_token(
+    q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, beta_B1H: Tensor, state_BHKV: Tensor | None, scale: float | None
+) -> DeltaRule:
+    """The definition itself, for decoding."""
+    B, _, H, K = k_B1HK.shape
+    V = v_B1HV.shape[-1]
+    wide = torch.float64 if q_B1HK.dtype == torch.float64 else torch.float32
+    with torch.autocast(q_B1HK.device.type, enabled=False):
+        q, k, v = (x.to(wide).reshape(B * H, 1, -1) for x in (q_B1HK, k_B1HK, v_B1HV))
+        S = q.new_zeros(B * H, K, V) if state_BHKV is None else state_BHKV.to(wide).reshape(B * H, K, V)
+        u = torch.baddbmm(v, k, S, alpha=-1) * beta_B1H.to(wide).reshape(B * H, 1, 1)
+        S = torch.baddbmm(S, k.transpose(1, 2), u)
+        o_B1HV = (q @ S * (K**-0.5 if scale is None else scale)).view(B, 1, H, V).to(v_B1HV.dtype)
+    return DeltaRule(o_B1HV, S.view(B, H, K, V), None, 1)
