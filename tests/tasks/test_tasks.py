@@ -178,7 +178,7 @@ def test_a_task_within_a_group_asked_for_is_not_run_twice():
         ("arc_easyy", r"Did you mean arc_easy\?"),
         (
             "qzxv",
-            r"Known are the groups longbench, longbench_open, longqa, niah, their tasks, and the stock tasks of lm-eval\.",
+            r"Known are the groups longbench, longbench_open, longqa, niah, their tasks, and the stock",
         ),
         ("stock:niah", "niah is not a stock task"),
         ("1", "Write which"),
