@@ -290,18 +290,15 @@ def test_scoring_in_python_as_lm_eval_users_do(home: Path) -> None:
     import refine_harness  # noqa: F401  (registers the backend)
     from refine_harness.resources import resource
 
-    results = lm_eval.simple_evaluate(
+    # lm-eval's module imports this name lazily, which type checkers take for another function.
+    simple_evaluate: Any = lm_eval.simple_evaluate
+    metadata: dict[str, Any] = {"pretrained": str(home / "model"), "lengths": [1024], "limit": 2}
+    results = simple_evaluate(
         model="refine",
         model_args=f"pretrained={home / 'model'}",
         tasks=["refine_niah_single_1"],
-        task_manager=TaskManager(
-            include_path=str(resource("tasks")),
-            include_defaults=False,
-            metadata={"pretrained": str(home / "model"), "lengths": [1024], "limit": 2},
-        ),
+        task_manager=TaskManager(include_path=str(resource("tasks")), include_defaults=False, metadata=metadata),
         limit=2,
         device="cpu",
     )
-    assert results is not None
-    scores = results["results"]["refine_niah_single_1"]
-    assert scores["1024,none"] in (0.0, 0.5, 1.0)
+    assert results["results"]["refine_niah_single_1"]["1024,none"] in (0.0, 0.5, 1.0)
