@@ -7,6 +7,19 @@ runs. Nothing here knows of models, training or evaluation.
 
 from refine_kernels.delta_rule import DeltaRule, delta_rule
 from refine_kernels.linear_head import linear_head
-from refine_kernels.short_conv import short_conv
+from refine_kernels.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
+from refine_kernels.short_conv import last_inputs, short_conv
+from refine_kernels.swiglu import swiglu, swiglu_linear
 
-__all__ = ["DeltaRule", "delta_rule", "linear_head", "short_conv"]
+__all__ = [
+    "DeltaRule",
+    "add_rms_norm",
+    "delta_rule",
+    "gated_rms_norm",
+    "last_inputs",
+    "linear_head",
+    "rms_norm",
+    "short_conv",
+    "swiglu",
+    "swiglu_linear",
+]

@@ -7,9 +7,10 @@ is the whole interface to training and evaluation. `forward` gives the same to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +25,48 @@ Tape = dict[str, Any]
 """What a layer keeps of a reading to rebuild its state at any position."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens of a reading stand: how many of each row are real, and how many were read before them."""
+
+    T: int
+    """Tokens per row, padding included."""
+    lengths_B: Tensor | None
+    """int64, real tokens of each row; None when no row is padded."""
+    seen_B: Tensor
+    """int64, tokens that each row's state has read."""
+    seen: tuple[int, ...] | None = None
+    """`seen_B` on the host, for models that ask for it with `host_rows`."""
+    lengths: tuple[int, ...] | None = None
+    """Real tokens of each row on the host, likewise."""
+
+    @cached_property
+    def positions_BT(self) -> Tensor:
+        """int64 [B, T], each token's place in its whole text, from 0."""
+        return self.seen_B[:, None] + torch.arange(self.T, device=self.seen_B.device)
+
+    @cached_property
+    def real_BT(self) -> Tensor | None:
+        """bool [B, T], True where the token is not padding; None when no row is padded."""
+        if self.lengths_B is None:
+            return None
+        return torch.arange(self.T, device=self.lengths_B.device) < self.lengths_B[:, None]
+
+    @cached_property
+    def ends_B1(self) -> Tensor:
+        """int64 [B, 1], index of each row's last real token."""
+        if self.lengths_B is None:
+            return torch.full_like(self.seen_B[:, None], self.T - 1)
+        return self.lengths_B[:, None] - 1
+
+
 class FastWeightLayer(nn.Module):
     """One layer: B rows of T hidden states in, the same out, and its state after each row's last real token."""
 
     def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor] | None, lengths_B: Tensor | None, forkable: bool
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
-        """Outputs [B, T, D], state after `lengths_B` tokens (T where None), and the tape if `forkable`."""
+        """Outputs [B, T, D], the state after each row's real tokens, and the tape if `forkable`."""
         raise NotImplementedError
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
@@ -100,8 +136,13 @@ class StateCache:
 class FastWeightLM(PreTrainedModel):
     """A causal language model whose memory of a prefix is a `State`."""
 
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _is_stateful = True
+    host_rows: ClassVar[bool] = False
+    """Whether the layers need `Rows.seen` and `Rows.lengths`, which cost a wait for the device where there are any."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Any]
 
     @property
     def layers(self) -> Sequence[FastWeightLayer]:
@@ -136,18 +177,31 @@ class FastWeightLM(PreTrainedModel):
             lengths: int64 [B], real tokens per row, at least 1; None when no row is padded. Padding enters no state.
             forkable: keep what `Reading.states_at` needs. False saves memory when only the last state is wanted.
         """
+        rows = self._rows(tokens_BT, state, lengths)
         x_BTD = self.embed(tokens_BT)
         states: list[dict[str, Tensor]] = []
         tapes: list[Tape] = []
         for i, layer in enumerate(self.layers):
-            x_BTD, after, tape = layer(x_BTD, None if state is None else state.layers[i], lengths, forkable)
+            run = self._checkpointed(layer) if self.gradient_checkpointing and torch.is_grad_enabled() else layer
+            x_BTD, after, tape = run(x_BTD, None if state is None else state.layers[i], rows, forkable)
             states.append(after)
             if tape is not None:
                 tapes.append(tape)
+        after = State(tuple(states), rows.seen_B + (rows.T if lengths is None else lengths))
+        return Reading(self.final_norm(x_BTD), after, self, tuple(tapes) if forkable else None, rows.seen_B)
+
+    def _rows(self, tokens_BT: Tensor, state: State | None, lengths_B: Tensor | None) -> Rows:
         B, T = tokens_BT.shape
         seen_B = torch.zeros(B, dtype=torch.int64, device=tokens_BT.device) if state is None else state.seen_R
-        after = State(tuple(states), seen_B + (T if lengths is None else lengths))
-        return Reading(self.final_norm(x_BTD), after, self, tuple(tapes) if forkable else None, seen_B)
+        if not self.host_rows:
+            return Rows(T, lengths_B, seen_B)
+        seen = (0,) * B if state is None else state.seen
+        lengths = (T,) * B if lengths_B is None else tuple(lengths_B.tolist())
+        return Rows(T, lengths_B, seen_B, seen, lengths)
+
+    def _checkpointed(self, layer: FastWeightLayer) -> Callable[..., Any]:
+        """The layer, its activations made again in the backward pass instead of stored."""
+        return lambda *arguments: self._gradient_checkpointing_func(layer.__call__, *arguments)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., V] of hidden states [..., D] after the final norm."""

@@ -8,17 +8,16 @@ so the same file runs on a laptop and on a GPU. Options of fla's config that are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
-from refine_kernels import delta_rule, short_conv
+from refine_kernels import delta_rule, last_inputs, short_conv
 from torch import Tensor, nn
-from transformers import GenerationMixin, PretrainedConfig
+from transformers import PretrainedConfig
 
 from refine_harness.errors import ModelError
-from refine_harness.models.base import FastWeightLayer, FastWeightLM, Tape
+from refine_harness.models.base import FastWeightLayer, Rows, Tape
+from refine_harness.models.modules import CausalLM, GatedMLP, RMSNorm, ShortConvolution
 
 
 class DeltaNetConfig(PretrainedConfig):
@@ -137,32 +136,6 @@ def check_config(config: DeltaNetConfig) -> None:
             )
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension, in float32 or wider."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
-
-
-class ShortConvolution(nn.Module):
-    """Holder of one filter per channel, [D, 1, W], as fla stores it."""
-
-    def __init__(self, size: int, taps: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, 1, taps))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """torch's own default for a depthwise convolution: uniform within 1 / sqrt(W)."""
-        nn.init.uniform_(self.weight, -(self.weight.shape[-1] ** -0.5), self.weight.shape[-1] ** -0.5)
-
-
 class DeltaNet(nn.Module):
     """The token mixer: q, k, v through short convolutions, the delta rule, a norm per head."""
 
@@ -171,6 +144,7 @@ class DeltaNet(nn.Module):
         D, self.heads = config.hidden_size, config.num_heads
         keys, values = int(D * config.expand_k), int(D * config.expand_v)
         self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
+        self.taps = config.conv_size
         self.q_proj = nn.Linear(D, keys, bias=False)
         self.k_proj = nn.Linear(D, keys, bias=False)
         self.v_proj = nn.Linear(D, values, bias=False)
@@ -182,36 +156,31 @@ class DeltaNet(nn.Module):
         self.o_proj = nn.Linear(values, D, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor] | None, lengths_B: Tensor | None, forkable: bool
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
         """See `FastWeightLayer.forward`. State: `memory` [B, H, K, V] and the last inputs of each convolution."""
         B, T, _ = x_BTD.shape
         before = state or {}
-        inputs: dict[str, Tensor] = {}
-        mixed: dict[str, Tensor] = {}
-        for name, project, conv in (
-            ("q", self.q_proj, self.q_conv1d),
-            ("k", self.k_proj, self.k_conv1d),
-            ("v", self.v_proj, self.v_conv1d),
-        ):
-            y, inputs[f"{name}_inputs"] = short_conv(project(x_BTD), conv.weight[:, 0], before.get(f"{name}_inputs"))
-            mixed[name] = y.view(B, T, self.heads, -1)
-        q, k, v = unit(mixed["q"]), unit(mixed["k"]), mixed["v"]
+        inputs = {"q": self.q_proj(x_BTD), "k": self.k_proj(x_BTD), "v": self.v_proj(x_BTD)}
+        convs = {"q": self.q_conv1d, "k": self.k_conv1d, "v": self.v_conv1d}
+        q, k, v = (
+            short_conv(
+                inputs[name],
+                convs[name].weight[:, 0],
+                before.get(f"{name}_inputs"),
+                unit_heads=None if name == "v" else self.heads,
+            ).view(B, T, self.heads, -1)
+            for name in "qkv"
+        )
         beta_BTH = self.b_proj(x_BTD).sigmoid() * self.beta_scale
-        if lengths_B is not None:  # a pad writes with strength zero
-            real_BT = torch.arange(T, device=x_BTD.device) < lengths_B[:, None]
-            beta_BTH = beta_BTH * real_BT[..., None]
+        if rows.real_BT is not None:  # a pad writes with strength zero
+            beta_BTH = beta_BTH * rows.real_BT[..., None]
         rule = delta_rule(q, k, v, beta_BTH, before.get("memory"), boundaries=forkable)
         y_BTD = self.o_proj(self.o_norm(rule.outputs_BTHV).reshape(B, T, -1))
-
-        if lengths_B is None:
-            last = {name: inputs_BSD[:, T:] for name, inputs_BSD in inputs.items()}
-        else:
-            last = _last_inputs(inputs, lengths_B[:, None] - 1, T)
-        after = {"memory": rule.state_BHKV, **last}
+        after = {"memory": rule.state_BHKV, **self._inputs_at(inputs, before, rows.ends_B1)}
         if not forkable:
             return y_BTD, after, None
-        return y_BTD, after, {"k": k, "v": v, "beta": beta_BTH, "rule": rule, "inputs": inputs}
+        return y_BTD, after, {"k": k, "v": v, "beta": beta_BTH, "rule": rule, "inputs": inputs, "before": before}
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The grid state at or before each position, and the delta rule over the few tokens since."""
@@ -230,41 +199,16 @@ class DeltaNet(nn.Module):
         v_RLHV = v_BTHV[rows_B11, at_BCL].flatten(0, 1)
         beta_RLH = (beta_BTH[rows_B11, at_BCL] * since_BCL[..., None]).flatten(0, 1)
         replay = delta_rule(k_RLHK, k_RLHK, v_RLHV, beta_RLH, memory_RHKV)
-        return {"memory": replay.state_BHKV, **_last_inputs(tape["inputs"], positions_BC, T)}
+        return {"memory": replay.state_BHKV, **self._inputs_at(tape["inputs"], tape["before"], positions_BC)}
 
-
-def unit(x: Tensor) -> Tensor:
-    """x over its Euclidean norm along the last dimension, with fla's epsilon; float32 or wider inside."""
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def _last_inputs(inputs: dict[str, Tensor], positions_BC: Tensor, T: int) -> dict[str, Tensor]:
-    """The W - 1 inputs of each convolution up to each position, [B·C, W - 1, D]."""
-    out: dict[str, Tensor] = {}
-    for name, inputs_BSD in inputs.items():
-        P = inputs_BSD.shape[1] - T
-        at_BCP = positions_BC[..., None] + 1 + torch.arange(P, device=positions_BC.device)
-        rows_B11 = torch.arange(positions_BC.shape[0], device=positions_BC.device)[:, None, None]
-        out[name] = inputs_BSD[rows_B11, at_BCP].flatten(0, 1)
-    return out
-
-
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) · up(x)); the inner size is fla's: 2/3 of hidden_ratio times D, rounded up to 256."""
-
-    def __init__(self, config: DeltaNetConfig):
-        super().__init__()
-        D = config.hidden_size
-        size = config.intermediate_size
-        if size is None:
-            size = -(-int(D * (config.hidden_ratio or 4) * 2 / 3) // 256) * 256
-        self.gate_proj = nn.Linear(D, size, bias=False)
-        self.up_proj = nn.Linear(D, size, bias=False)
-        self.down_proj = nn.Linear(size, D, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def _inputs_at(
+        self, inputs: dict[str, Tensor], before: dict[str, Tensor], positions_BC: Tensor
+    ) -> dict[str, Tensor]:
+        """The state of each convolution at those positions."""
+        return {
+            f"{name}_inputs": last_inputs(x_BTD, before.get(f"{name}_inputs"), positions_BC, self.taps)
+            for name, x_BTD in inputs.items()
+        }
 
 
 class DeltaNetBlock(FastWeightLayer):
@@ -278,76 +222,25 @@ class DeltaNetBlock(FastWeightLayer):
         self.mlp = GatedMLP(config)
 
     def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor] | None, lengths_B: Tensor | None, forkable: bool
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
-        y_BTD, after, tape = self.attn(self.attn_norm(x_BTD), state, lengths_B, forkable)
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), after, tape
+        y_BTD, after, tape = self.attn(self.attn_norm(x_BTD), state, rows, forkable)
+        y_BTD, x_BTD = self.mlp_norm(y_BTD, x_BTD)
+        return x_BTD + self.mlp(y_BTD), after, tape
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         return self.attn.fork(tape, positions_BC)
 
 
-class DeltaNetPreTrainedModel(FastWeightLM):
-    """What transformers needs to know of both classes below."""
+class DeltaNetForCausalLM(CausalLM):
+    """DeltaNet with a language-model head."""
 
     config_class = DeltaNetConfig
-    base_model_prefix = "model"
     _no_split_modules: ClassVar = ["DeltaNetBlock"]
-    _input_embed_layer = "embeddings"
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, ShortConvolution):
-            module.reset_parameters()
-        elif isinstance(module, RMSNorm):
-            nn.init.ones_(module.weight)
-
-
-class DeltaNetModel(nn.Module):
-    """Embeddings, blocks and final norm: the parameters under `model.`."""
-
-    def __init__(self, config: DeltaNetConfig):
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(DeltaNetBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-
-
-class DeltaNetForCausalLM(DeltaNetPreTrainedModel, GenerationMixin):
-    """DeltaNet with a language-model head."""
 
     def __init__(self, config: DeltaNetConfig):
         check_config(config)
         super().__init__(config)
-        self.model = DeltaNetModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
-    @property
-    def layers(self) -> Sequence[FastWeightLayer]:
-        return cast(Sequence[FastWeightLayer], self.model.layers)
-
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        return self.model.embeddings(tokens_BT)
-
-    def final_norm(self, x_BTD: Tensor) -> Tensor:
-        return self.model.norm(x_BTD)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return cast(Tensor, self.lm_head.weight)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embeddings = cast(nn.Embedding, value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
+    def make_block(self, config: DeltaNetConfig, index: int) -> FastWeightLayer:
+        return DeltaNetBlock(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,6 +31,11 @@ class State:
 
     def __len__(self) -> int:
         return self.seen_R.shape[0]
+
+    @cached_property
+    def seen(self) -> tuple[int, ...]:
+        """`seen_R` on the host."""
+        return tuple(self.seen_R.tolist())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> State:
         return State(

@@ -1,5 +1,44 @@
-"""A causal depthwise convolution over the last few tokens, with its state."""
+"""A causal depthwise convolution over the last few tokens, its activation, and the norm of each head after it."""
 
-from refine_kernels.short_conv.reference import short_conv
+from __future__ import annotations
 
-__all__ = ["short_conv"]
+from torch import Tensor
+
+from refine_kernels.choose import Impl, choose
+
+__all__ = ["last_inputs", "short_conv"]
+
+
+def short_conv(
+    x_BTD: Tensor,
+    weight_DW: Tensor,
+    before_BPD: Tensor | None = None,
+    *,
+    bias_D: Tensor | None = None,
+    silu: bool = True,
+    unit_heads: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """silu(bias + sum_j weight[:, j] · x[t - W + 1 + j]), causal, one filter per channel; [B, T, D] in the dtype of x.
+
+    Args:
+        x_BTD: inputs, any float dtype; everything is computed in float32 (float64 for float64).
+        weight_DW: filters of at most 8 taps; the last tap meets the current token.
+        before_BPD: the P = W - 1 inputs before the first; None for zeros.
+        silu: whether the activation is applied.
+        unit_heads: split the channels into so many heads and give each Euclidean norm 1, as fla's `l2norm` does:
+            y / sqrt(sum(y²) + 1e-6); None leaves them as they are.
+        impl: see `refine_kernels.choose`.
+    """
+    ops = choose(__name__, impl, x_BTD)
+    return ops.short_conv(x_BTD, weight_DW, before_BPD, bias_D=bias_D, silu=silu, unit_heads=unit_heads)
+
+
+def last_inputs(x_BTD: Tensor, before_BPD: Tensor | None, positions_BC: Tensor, taps: int) -> Tensor:
+    """The state of the convolution after token positions_BC[b, c]: the W - 1 inputs up to it, [B·C, W - 1, D].
+
+    Positions run from -1 (the state before the first token) to T - 1. Differentiable.
+    """
+    from refine_kernels.short_conv.reference import last_inputs
+
+    return last_inputs(x_BTD, before_BPD, positions_BC, taps)

@@ -7,25 +7,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def short_conv(x_BTD: Tensor, weight_DW: Tensor, before_BPD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """silu(sum_j weight[:, j] · x[t - W + 1 + j]), causal, one filter per channel.
-
-    Args:
-        x_BTD: inputs, any float dtype; the sum runs in float32 (float64 for float64).
-        weight_DW: filters; the last tap meets the current token.
-        before_BPD: the P = W - 1 inputs before the first; None for zeros.
-
-    Returns outputs [B, T, D] in the dtype of x, and the inputs with those before them, [B, P + T, D], also in the
-    dtype of x: rows p + 1 .. p + P of it are the state after token p.
-    """
+def short_conv(
+    x_BTD: Tensor,
+    weight_DW: Tensor,
+    before_BPD: Tensor | None = None,
+    *,
+    bias_D: Tensor | None = None,
+    silu: bool = True,
+    unit_heads: int | None = None,
+) -> Tensor:
+    """See `refine_kernels.short_conv.short_conv`."""
     B, T, D = x_BTD.shape
     W = weight_DW.shape[1]
     if before_BPD is None:
         before_BPD = x_BTD.new_zeros(B, W - 1, D)
-    inputs_BSD = torch.cat((before_BPD.to(x_BTD.dtype), x_BTD), 1)
     wide = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
+    inputs_BSD = torch.cat((before_BPD.to(x_BTD.dtype), x_BTD), 1).to(wide)
     taps_WD = weight_DW.to(wide).t()
-    y_BTD = inputs_BSD[:, :T].to(wide) * taps_WD[0]
+    y_BTD = inputs_BSD[:, :T] * taps_WD[0]
     for j in range(1, W):
-        y_BTD = torch.addcmul(y_BTD, inputs_BSD[:, j : j + T].to(wide), taps_WD[j])
-    return F.silu(y_BTD).to(x_BTD.dtype), inputs_BSD
+        y_BTD = torch.addcmul(y_BTD, inputs_BSD[:, j : j + T], taps_WD[j])
+    if bias_D is not None:
+        y_BTD = y_BTD + bias_D.to(wide)
+    if silu:
+        y_BTD = F.silu(y_BTD)
+    if unit_heads is not None:
+        y_BTHK = y_BTD.view(B, T, unit_heads, -1)
+        y_BTD = (y_BTHK * torch.rsqrt(y_BTHK.square().sum(-1, keepdim=True) + 1e-6)).view(B, T, D)
+    return y_BTD.to(x_BTD.dtype)
+
+
+def last_inputs(x_BTD: Tensor, before_BPD: Tensor | None, positions_BC: Tensor, taps: int) -> Tensor:
+    """See `refine_kernels.short_conv.last_inputs`."""
+    P = taps - 1
+    at_BCP = positions_BC[..., None] + torch.arange(1 - P, 1, device=positions_BC.device)
+    rows_B11 = torch.arange(x_BTD.shape[0], device=x_BTD.device)[:, None, None]
+    here = x_BTD[rows_B11, at_BCP.clamp(min=0)]
+    if before_BPD is None:
+        earlier = here.new_zeros(())
+    else:
+        earlier = before_BPD[rows_B11, (at_BCP + P).clamp(max=P - 1)].to(x_BTD.dtype)
+    return torch.where(at_BCP[..., None] >= 0, here, earlier).flatten(0, 1)

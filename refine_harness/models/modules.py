@@ -1,0 +1,159 @@
+"""What the model files share: norms, MLP, convolution, rotary positions, and the frame of a causal language model.
+
+Names and shapes of parameters are flash-linear-attention's, which the published LaCT code shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+from refine_kernels import add_rms_norm, gated_rms_norm, rms_norm, swiglu, swiglu_linear
+from torch import Tensor, nn
+from transformers import GenerationMixin
+
+from refine_harness.models.base import FastWeightLayer, FastWeightLM
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension; with a residual, of their sum, which is returned too."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class GatedRMSNorm(RMSNorm):
+    """rms_norm(x) · activation(gate); activation is silu (also called swish) or sigmoid."""
+
+    def __init__(self, size: int, eps: float, activation: str = "silu"):
+        super().__init__(size, eps)
+        self.activation = "silu" if activation == "swish" else activation
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gated_rms_norm(x, gate, self.weight, self.eps, activation=self.activation)
+
+
+class ShortConvolution(nn.Module):
+    """Holder of one filter per channel, [D, 1, W], as fla stores it."""
+
+    def __init__(self, size: int, taps: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, 1, taps))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """torch's own default for a depthwise convolution: uniform within 1 / sqrt(W)."""
+        bound = self.weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) · up(x)); the inner size is fla's: 2/3 of hidden_ratio times D, rounded up to 256."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        D = config.hidden_size
+        size = config.intermediate_size
+        if size is None:
+            size = -(-int(D * (config.hidden_ratio or 4) * 2 / 3) // 256) * 256
+        self.gate_proj = nn.Linear(D, size, bias=False)
+        self.up_proj = nn.Linear(D, size, bias=False)
+        self.down_proj = nn.Linear(size, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if type(self.down_proj) is nn.Linear:
+            return swiglu_linear(gate, up, self.down_proj.weight)
+        return self.down_proj(swiglu(gate, up))  # an adapter stands in its place
+
+
+def rotary(x_BTHD: Tensor, positions_BT: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding, the first half of the channels paired with the second, in float32 or wider inside.
+
+    Channel pair i of a head of size D turns by position · theta^(-2i / D) (Su et al., arXiv 2104.09864).
+    """
+    D = x_BTHD.shape[-1]
+    wide = torch.float64 if x_BTHD.dtype == torch.float64 else torch.float32
+    pairs = torch.arange(0, D, 2, device=x_BTHD.device, dtype=wide)
+    angles_BT1I = (positions_BT[..., None].to(wide) * theta ** (-pairs / D))[:, :, None]
+    cos, sin = angles_BT1I.cos(), angles_BT1I.sin()
+    first, second = x_BTHD.to(wide).chunk(2, -1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).to(x_BTHD.dtype)
+
+
+class Backbone(nn.Module):
+    """Embeddings, blocks and final norm: the parameters under `model.`."""
+
+    def __init__(self, config: Any, blocks: Sequence[FastWeightLayer]):
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class CausalLM(FastWeightLM, GenerationMixin):
+    """Embeddings, a stack of blocks, a norm and a head: the frame of every model here."""
+
+    base_model_prefix = "model"
+    _input_embed_layer = "embeddings"
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embeddings.weight"}
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.model = Backbone(config, [self.make_block(config, i) for i in range(config.num_hidden_layers)])
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def make_block(self, config: Any, index: int) -> FastWeightLayer:
+        """Layer `index` of the stack."""
+        raise NotImplementedError
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, ShortConvolution):
+            module.reset_parameters()
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+    @property
+    def layers(self) -> Sequence[FastWeightLayer]:
+        return cast(Sequence[FastWeightLayer], self.model.layers)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        return self.model.embeddings(tokens_BT)
+
+    def final_norm(self, x_BTD: Tensor) -> Tensor:
+        return self.model.norm(x_BTD)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return cast(Tensor, self.lm_head.weight)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embeddings = cast(nn.Embedding, value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = cast(nn.Linear, new_embeddings)

@@ -1,0 +1,184 @@
+"""The contract of a reading: forked = re-read, cached = full, padded = alone, pieces = whole; outputs and gradients.
+
+For every native model, in float64, at lengths around the ends of its chunks.
+"""
+
+import pytest
+import torch
+from refine_kernels.testing import assert_close
+
+from refine_harness.errors import DataError
+from refine_harness.models import State
+
+from .tiny import MODELS, build, tokens
+
+EACH = [(name, T) for name, tiny in MODELS.items() for T in tiny.lengths]
+each_length = pytest.mark.parametrize(("model", "T"), EACH, indirect=["model"])
+each_model = pytest.mark.parametrize("model", MODELS, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def model(request):
+    return build(request.param)
+
+
+def gradients(model, loss):
+    """Of every parameter; zeros where the loss does not depend on it."""
+    model.zero_grad()
+    loss.backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def same_gradients(model, got, want):
+    a, b = gradients(model, got), gradients(model, want)
+    for name in a:
+        assert_close(a[name], b[name], name)
+
+
+def probe(hidden, seed=1):
+    """A loss that no symmetry makes blind."""
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=hidden.dtype)
+    return (hidden * weights).sum() + (hidden**3 * weights.flip(-1)).sum()
+
+
+@each_length
+def test_forked_is_reread(model, T):
+    text, rollout = tokens(2, T), tokens(6, 7, seed=2)
+    positions = torch.tensor([[T - 1, T // 2, 0], [T // 3, min(63, T - 1), min(64, T - 1)]])
+    reading = model.read(text)
+    forked = model.read(rollout, reading.states_at(positions)).hidden
+    reread, places = [], [(b, p) for b in range(2) for p in positions[b].tolist()]
+    for row, (b, p) in enumerate(places):
+        reread.append(model.read(torch.cat((text[b, : p + 1], rollout[row]))[None]).hidden[0, p + 1 :])
+    want = torch.stack(reread)
+    assert_close(forked, want)
+    same_gradients(model, probe(model.logits(forked)), probe(model.logits(want)))
+
+
+@each_length
+def test_cached_decoding_is_one_reading(model, T):
+    text = tokens(2, T + 3)
+    want = model.read(text).hidden[:, T:]
+    state, decoded = model.read(text[:, :T]).state, []
+    for t in range(T, T + 3):
+        reading = model.read(text[:, t : t + 1], state, forkable=False)
+        state = reading.state
+        decoded.append(reading.hidden)
+    got = torch.cat(decoded, 1)
+    assert_close(got, want)
+    same_gradients(model, probe(model.logits(got)), probe(model.logits(model.read(text).hidden[:, T:])))
+
+
+@each_length
+def test_pieces_are_the_whole(model, T):
+    text = tokens(1, T)
+    state, pieces = None, []
+    for start in range(0, T, 37):
+        reading = model.read(text[:, start : start + 37], state)
+        state = reading.state
+        pieces.append(reading.hidden)
+    assert state is not None
+    whole = model.read(text)
+    got = torch.cat(pieces, 1)
+    assert_close(got, whole.hidden)
+    for name, x in state.layers[1].items():
+        assert_close(x, whole.state.layers[1][name], name)
+    assert state.seen_R.tolist() == whole.state.seen_R.tolist() == [T]
+    same_gradients(model, probe(model.logits(got)), probe(model.logits(whole.hidden)))
+
+
+@each_length
+def test_a_padded_row_is_the_row_alone(model, T):
+    longest = T + 70
+    batch = tokens(2, longest)
+    batch[0, T:] = 39
+    lengths = torch.tensor([T, longest])
+    padded, alone = model.read(batch, lengths=lengths), model.read(batch[:1, :T])
+    assert_close(padded.hidden[:1, :T], alone.hidden)
+    for layer, want in zip(padded.state.layers, alone.state.layers, strict=True):
+        for name in layer:
+            assert_close(layer[name][:1], want[name], name)
+    assert padded.state.seen_R.tolist() == [T, longest]
+    after = tokens(1, 3, seed=4)
+    got = model.read(after, padded.state.select([0])).hidden
+    want = model.read(after, alone.state).hidden
+    same_gradients(
+        model,
+        probe(model.logits(got)) + probe(model.logits(padded.hidden[:1, :T])),
+        probe(model.logits(want)) + probe(model.logits(alone.hidden)),
+    )
+
+
+@each_model
+def test_position_minus_one_is_the_state_before_the_reading(model):
+    first = model.read(tokens(1, 30))
+    second = model.read(tokens(1, 20, seed=3), first.state)
+    fork = second.states_at(torch.tensor([[-1]]))
+    for layer, want in zip(fork.layers, first.state.layers, strict=True):
+        for name in layer:
+            assert_close(layer[name], want[name], name)
+    assert fork.seen_R.tolist() == [30]
+
+
+@each_model
+def test_a_reading_without_tape_cannot_be_forked(model):
+    with pytest.raises(RuntimeError, match="forkable"):
+        model.read(tokens(1, 4), forkable=False).states_at(torch.tensor([[1]]))
+
+
+@each_model
+def test_a_state_survives_the_disk_and_is_a_value(model, tmp_path):
+    state = model.read(tokens(2, 70)).state.detach()
+    state.save(tmp_path / "s.safetensors")
+    loaded = State.load(tmp_path / "s.safetensors")
+    assert loaded.nbytes == state.nbytes and len(loaded) == 2
+    after = tokens(4, 5, seed=9)
+    want = model.read(after, state.repeat(2)).hidden
+    got = model.read(after, State.cat([loaded.select([0, 0]), loaded.select(slice(1, 2)).repeat(2)])).hidden
+    assert torch.equal(got, want)
+    before = loaded.clone()
+    model.read(after[:2], loaded)
+    for layer, want in zip(loaded.layers, before.layers, strict=True):
+        assert all(torch.equal(layer[name], want[name]) for name in layer)
+    (tmp_path / "bad").write_text("no state")
+    with pytest.raises(DataError, match="not a saved state"):
+        State.load(tmp_path / "bad")
+
+
+@each_model
+@pytest.mark.parametrize("side", ("left", "right"))
+def test_forward_with_a_mask_on_either_side_is_each_row_alone(model, side):
+    rows = [tokens(1, n, seed=n)[0] for n in (5, 90, 64)]
+    T = 90
+    batch, mask = torch.zeros(3, T, dtype=torch.int64), torch.zeros(3, T, dtype=torch.int64)
+    spans = [slice(T - len(r), T) if side == "left" else slice(0, len(r)) for r in rows]
+    for b, (row, span) in enumerate(zip(rows, spans, strict=True)):
+        batch[b, span], mask[b, span] = row, 1
+    with torch.no_grad():
+        logits = model(batch, attention_mask=mask).logits
+        for b, (row, span) in enumerate(zip(rows, spans, strict=True)):
+            assert_close(logits[b : b + 1, span], model(row[None]).logits)
+
+
+@each_model
+def test_generation_agrees_with_and_without_cache_and_padding(model):
+    model.eval()
+    batch, mask = tokens(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :7] = 0
+    settings = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = model.generate(batch, attention_mask=mask, use_cache=True, **settings)
+    plain = model.generate(batch, attention_mask=mask, use_cache=False, **settings)
+    alone = model.generate(batch[:1, 7:], **settings)
+    assert cached.shape == (2, 30)
+    assert torch.equal(cached, plain)
+    assert torch.equal(cached[:1, 7:], alone)
+
+
+@each_model
+def test_loss_with_labels_is_the_shifted_cross_entropy(model):
+    text = tokens(2, 30)
+    labels = text.clone()
+    labels[:, :10] = -100
+    out = model(text, labels=labels)
+    logprobs = out.logits.log_softmax(-1)[:, 9:-1].gather(-1, text[:, 10:, None])
+    assert_close(out.loss, -logprobs.mean())
