@@ -1,0 +1,97 @@
+"""Every Triton kernel computes what its plain reference computes, outputs and gradients, on awkward sizes.
+
+On a CUDA device the kernels run there; elsewhere in Triton's interpreter, where Triton is installed.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if ON_GPU and not INTERPRETED else "cpu"
+
+if not (ON_GPU or INTERPRETED):
+
+    def test_in_the_interpreter():
+        """The variable must be set before Triton is imported, so the tests of this file run in a process of their own."""
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+else:
+    from refine_kernels import add_rms_norm, gated_rms_norm, rms_norm, short_conv, swiglu, swiglu_linear
+    from refine_kernels.testing import assert_close, poisoned
+
+    DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
+    dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+    def draw(*shape, dtype=torch.float32, seed=0):
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+        return x.to(DEVICE, dtype).requires_grad_()
+
+    def compare(op, inputs, **settings):
+        """Outputs and all gradients of the fused form against those of the reference in float64."""
+        with poisoned():
+            got = op(*inputs, impl="fused", **settings)
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        want = op(*exact, impl="reference", **settings)
+        got, want = (x if isinstance(x, tuple) else (x,) for x in (got, want))
+        slopes = [draw(*x.shape, seed=7 + i).detach() for i, x in enumerate(want)]
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            assert_close(a, b, f"output {i}")
+        with poisoned():
+            grads = torch.autograd.grad(sum((a * s.to(a.dtype)).sum() for a, s in zip(got, slopes, strict=True)), inputs)
+        wants = torch.autograd.grad(sum((b * s.to(b.dtype)).sum() for b, s in zip(want, slopes, strict=True)), exact)
+        for i, (a, b) in enumerate(zip(grads, wants, strict=True)):
+            assert_close(a, b, f"gradient {i}")
+
+    @dtypes
+    @pytest.mark.parametrize("shape", [(1, 8), (3, 5, 33), (70, 128), (2, 3, 1000)], ids=str)
+    def test_norms(dtype, shape):
+        x, residual, gate = (draw(*shape, dtype=dtype, seed=s) for s in range(3))
+        weight = draw(shape[-1], dtype=dtype)
+        compare(rms_norm, [x, weight], eps=1e-6)
+        compare(add_rms_norm, [x, residual, weight], eps=1e-6)
+        for activation in ("silu", "sigmoid"):
+            compare(gated_rms_norm, [x, gate, weight], eps=1e-6, activation=activation)
+
+    @dtypes
+    def test_a_norm_whose_sum_alone_is_used(dtype):
+        x, residual, weight = draw(5, 16, dtype=dtype), draw(5, 16, dtype=dtype, seed=3), draw(16, dtype=dtype)
+        _, total = add_rms_norm(x, residual, weight, 1e-6, impl="fused")
+        gx, gr = torch.autograd.grad(total.sum(), [x, residual])
+        assert torch.equal(gx, torch.ones_like(x)) and torch.equal(gr, torch.ones_like(x))
+
+    @dtypes
+    @pytest.mark.parametrize("shape", [(1, 7), (3, 5, 33), (2, 3000)], ids=str)
+    def test_swiglu(dtype, shape):
+        gate, up = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1)
+        compare(swiglu, [gate, up])
+        compare(swiglu_linear, [gate, up, draw(6, shape[-1], dtype=dtype)])
+
+    @dtypes
+    @pytest.mark.parametrize("T", (1, 3, 64, 100))
+    @pytest.mark.parametrize(
+        ("D", "W", "settings"),
+        [(12, 4, {}), (12, 4, {"unit_heads": 2}), (70, 3, {"silu": False}), (24, 2, {"silu": False, "unit_heads": 3})],
+    )
+    def test_short_convolution(dtype, T, D, W, settings):
+        x, weight, before = draw(2, T, D, dtype=dtype), draw(D, W, dtype=dtype), draw(2, W - 1, D, dtype=dtype)
+        compare(short_conv, [x, weight], **settings)
+        compare(short_conv, [x, weight, before], **settings)
+
+    @dtypes
+    def test_short_convolution_with_bias(dtype):
+        x, weight, before, bias = draw(2, 9, 8), draw(8, 4), draw(2, 3, 8), draw(8, seed=5)
+
+        def biased(x, weight, before, bias, impl):
+            return short_conv(x, weight, before, bias_D=bias, unit_heads=2, impl=impl)
+
+        compare(biased, [x, weight, before, bias])
