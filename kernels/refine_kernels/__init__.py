@@ -6,20 +6,25 @@ runs. Nothing here knows of models, training or evaluation.
 """
 
 from refine_kernels.delta_rule import DeltaRule, delta_rule
+from refine_kernels.lact import LaCT, lact
 from refine_kernels.linear_head import linear_head
 from refine_kernels.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
 from refine_kernels.short_conv import last_inputs, short_conv
 from refine_kernels.swiglu import swiglu, swiglu_linear
+from refine_kernels.window_attention import window_attention
 
 __all__ = [
     "DeltaRule",
+    "LaCT",
     "add_rms_norm",
     "delta_rule",
     "gated_rms_norm",
+    "lact",
     "last_inputs",
     "linear_head",
     "rms_norm",
     "short_conv",
     "swiglu",
     "swiglu_linear",
+    "window_attention",
 ]

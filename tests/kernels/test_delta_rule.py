@@ -8,12 +8,19 @@ from refine_kernels.testing import assert_close, poisoned
 from torch.autograd import gradcheck
 
 LENGTHS = (1, 2, 63, 64, 65, 100, 200)
+NAMES = ("q", "k", "v", "beta", "state", "g")
+KINDS = {"plain": {}, "fading": {"fading": True}, "grouped": {"fading": True, "H": 4}, "grouped plain": {"H": 4}}
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def token_by_token(q, k, v, beta, state, scale):
-    """The definition: one write and one read per token."""
+def token_by_token(q, k, v, beta, state, g=None, *, scale=1.0):
+    """The definition: forget, one write and one read per token."""
     outputs, states = [], [state]
+    groups = v.shape[2] // k.shape[2]
+    q, k = (torch.stack([x[:, :, h // groups] for h in range(v.shape[2])], 2) for x in (q, k))
     for t in range(q.shape[1]):
+        if g is not None:
+            state = g[:, t, :, None, None].exp() * state
         error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t] * beta[:, t, :, None], error)
         outputs.append(scale * torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
@@ -21,20 +28,28 @@ def token_by_token(q, k, v, beta, state, scale):
     return torch.stack(outputs, 1), states
 
 
-def inputs(T, *, B=2, H=2, K=8, V=6, dtype=torch.float64):
+def inputs(T, *, B=2, G=2, H=2, K=8, V=6, fading=False, dtype=torch.float64):
     generator = torch.Generator().manual_seed(T)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
-    q, k = (torch.nn.functional.normalize(draw(B, T, H, K), dim=-1) for _ in range(2))
-    return [x.requires_grad_() for x in (q, k, draw(B, T, H, V), draw(B, T, H).sigmoid(), draw(B, H, K, V))]
+    q, k = (torch.nn.functional.normalize(draw(B, T, G, K), dim=-1) for _ in range(2))
+    made = [q, k, draw(B, T, H, V), draw(B, T, H).sigmoid(), draw(B, H, K, V)]
+    if fading:
+        made.append(-torch.nn.functional.softplus(draw(B, T, H)))
+    return [x.requires_grad_() for x in made]
 
 
+def run(args, **settings):
+    return delta_rule(*args[:5], g_BTH=args[5] if len(args) > 5 else None, **settings)
+
+
+@each_kind
 @pytest.mark.parametrize("T", LENGTHS)
-def test_chunked_is_token_by_token_with_all_gradients(T):
-    args = inputs(T)
-    got = delta_rule(*args)
+def test_chunked_is_token_by_token_with_all_gradients(T, kind):
+    args = inputs(T, **KINDS[kind])
+    got = run(args)
     want, states = token_by_token(*args, scale=8**-0.5)
     assert_close(got.outputs_BTHV, want)
     assert_close(got.state_BHKV, states[-1])
@@ -45,50 +60,81 @@ def test_chunked_is_token_by_token_with_all_gradients(T):
 
     got_grads = torch.autograd.grad(loss(got.outputs_BTHV, got.state_BHKV), args)
     want_grads = torch.autograd.grad(loss(want, states[-1]), args)
-    for name, a, b in zip(["q", "k", "v", "beta", "state"], got_grads, want_grads, strict=True):
+    for name, a, b in zip(NAMES, got_grads, want_grads, strict=False):
         assert_close(a, b, name)
 
 
+@each_kind
 @pytest.mark.parametrize("T", (1, 64, 150))
-def test_boundaries_are_the_states_on_the_grid(T):
-    args = inputs(T)
-    rule = delta_rule(*args, boundaries=True)
-    _, states = token_by_token(*args, scale=1.0)
+def test_boundaries_are_the_states_on_the_grid(T, kind):
+    args = inputs(T, **KINDS[kind])
+    rule = run(args, boundaries=True)
+    _, states = token_by_token(*args)
     grid = rule.boundaries_BGHKV
     assert grid is not None
-    for g in range(grid.shape[1]):
-        assert_close(grid[:, g], states[min(g * rule.stride, T)])
+    for n in range(grid.shape[1]):
+        assert_close(grid[:, n], states[min(n * rule.stride, T)])
 
 
-def test_gradcheck():
-    args = inputs(5, B=1, H=1, K=3, V=2)
-    assert gradcheck(lambda *x: tuple(part for part in delta_rule(*x, boundaries=True)[:3] if part is not None), args)
+@each_kind
+def test_gradcheck(kind):
+    args = inputs(5, **{"B": 1, "G": 1, "K": 3, "V": 2, **KINDS[kind], "H": 2})
+    assert gradcheck(lambda *x: tuple(part for part in run(x, boundaries=True)[:3] if part is not None), args)
 
 
-def test_a_pad_of_strength_zero_writes_nothing_whatever_it_holds():
-    q, k, v, beta, state = inputs(100)
-    rest = torch.ones(100, dtype=torch.bool)
+def test_no_decay_is_a_decay_of_one():
+    args = inputs(100)
+    got, want = delta_rule(*args, g_BTH=torch.zeros(2, 100, 2, dtype=torch.float64)), delta_rule(*args)
+    assert_close(got.outputs_BTHV, want.outputs_BTHV)
+    assert_close(got.state_BHKV, want.state_BHKV)
+
+
+@pytest.mark.parametrize("g", (-20.0, -1e4))
+def test_a_memory_that_fades_at_once_overflows_nowhere(g):
+    """Over a chunk the log decays add up to far below what an exponential can hold, in either direction."""
+    args = inputs(130, fading=True, dtype=torch.float32)
+    args[5] = torch.full_like(args[5], g).requires_grad_()
+    got = run(args, boundaries=True)
+    wide = [x.detach().double().requires_grad_() for x in args]
+    want, states = token_by_token(*wide, scale=8**-0.5)
+    assert_close(got.outputs_BTHV, want)
+    assert_close(got.state_BHKV, states[-1])
+    grads = torch.autograd.grad(got.outputs_BTHV.square().sum() + got.state_BHKV.sum(), args)
+    want_grads = torch.autograd.grad(want.square().sum() + states[-1].sum(), wide)
+    for name, a, b in zip(NAMES[:4], grads, want_grads, strict=False):
+        assert_close(a, b, name)
+    assert all(x.isfinite().all() for x in grads)
+
+
+@each_kind
+def test_a_pad_of_strength_zero_writes_nothing_whatever_it_holds(kind):
+    args = inputs(100, **KINDS[kind])
+    rest = torch.ones(100, 1, dtype=torch.bool)
     rest[70:] = False
-    masked = delta_rule(q, k, v, beta * rest[None, :, None], state)
-    alone = delta_rule(q[:, :70], k[:, :70], v[:, :70], beta[:, :70], state)
+    masked = run([*args[:3], args[3] * rest, args[4], *(g * rest for g in args[5:])])
+    alone = run([*(x[:, :70] for x in args[:4]), args[4], *(g[:, :70] for g in args[5:])])
     assert_close(masked.state_BHKV, alone.state_BHKV)
     assert_close(masked.outputs_BTHV[:, :70], alone.outputs_BTHV)
 
 
-def test_nothing_is_read_from_memory_that_was_not_written():
-    args = inputs(100)
-    want = delta_rule(*args)
+@each_kind
+def test_nothing_is_read_from_memory_that_was_not_written(kind):
+    args = inputs(100, **KINDS[kind])
+    want = run(args)
     with poisoned():
-        got = delta_rule(*args)
+        got = run(args)
     assert torch.equal(got.outputs_BTHV, want.outputs_BTHV)
 
 
-def test_bfloat16_inputs_keep_a_float32_state():
-    args = [x.detach().bfloat16() for x in inputs(100)[:4]]
-    rule = delta_rule(*args)
+@each_kind
+@pytest.mark.parametrize("T", (1, 100))
+def test_bfloat16_inputs_keep_a_float32_state(T, kind):
+    args = [x.detach().bfloat16() for x in inputs(T, **KINDS[kind])]
+    args[4:] = [x.float() for x in args[4:]]
+    rule = run(args)
     assert rule.outputs_BTHV.dtype == torch.bfloat16
     assert rule.state_BHKV.dtype == torch.float32
-    wide = delta_rule(*(x.double() for x in args))
+    wide = run([x.double() for x in args])
     assert_close(rule.outputs_BTHV, wide.outputs_BTHV)
 
 

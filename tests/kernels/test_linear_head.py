@@ -3,7 +3,7 @@
 import pytest
 import torch
 from refine_kernels import linear_head
-from refine_kernels.linear_head import chunked
+from refine_kernels.linear_head import reference
 from refine_kernels.testing import assert_close, poisoned
 
 
@@ -16,14 +16,14 @@ def tensors():
 
 
 @pytest.mark.parametrize("logits", (1, 50, 333, 1 << 24))
-def test_chunked_is_plain_whatever_the_size_of_a_piece(tensors, monkeypatch, logits):
-    monkeypatch.setattr(chunked, "LOGITS", logits)
+def test_reference_is_plain_whatever_the_size_of_a_piece(tensors, monkeypatch, logits):
+    monkeypatch.setattr(reference, "LOGITS", logits)
     hidden, weight, labels = tensors
     slope = torch.randn(37, dtype=torch.float64)
     with poisoned():
-        got, entropy = linear_head(hidden, weight, labels, impl="chunked")
+        got, entropy = linear_head(hidden, weight, labels, impl="reference")
         grads = torch.autograd.grad((got * slope).sum(), (hidden, weight))
-    want, want_entropy = linear_head(hidden, weight, labels, impl="reference")
+    want, want_entropy = linear_head(hidden, weight, labels, impl="plain")
     want_grads = torch.autograd.grad((want * slope).sum(), (hidden, weight))
     assert_close(got, want)
     assert_close(entropy, want_entropy)

@@ -1,6 +1,6 @@
-"""The delta rule: write to a key-value memory what it does not yet say, and read it out.
+"""The delta rule: write to a key-value memory what it does not yet say, and read it out; with decay, forget first.
 
-S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T        o_t = scale * S_t^T q_t
+S_t = exp(g_t) S_{t-1} + beta_t k_t (v_t - exp(g_t) S_{t-1}^T k_t)^T        o_t = scale * S_t^T q_t
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ __all__ = ["DeltaRule", "delta_rule"]
 
 
 def delta_rule(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
     v_BTHV: Tensor,
     beta_BTH: Tensor,
     state_BHKV: Tensor | None = None,
     *,
+    g_BTH: Tensor | None = None,
     scale: float | None = None,
     boundaries: bool = False,
     impl: Impl = "auto",
@@ -27,10 +28,13 @@ def delta_rule(
     """Outputs for every token, the final state and, on request, the states at a fixed grid of positions.
 
     Args:
-        q_BTHK, k_BTHK: queries and keys, normalised by the caller, any float dtype.
+        q_BTGK, k_BTGK: queries and keys, normalised by the caller, any float dtype. G divides H: memory h is written
+            and read with the key and query of head h // (H // G).
         v_BTHV: values, same dtype.
-        beta_BTH: writing strengths in [0, 1] (or [0, 2]). 0 leaves the state as it is: that is how padding is read.
+        beta_BTH: writing strengths in [0, 1] (or [0, 2]). 0 leaves the state as it is: with g = 0 that is how
+            padding is read.
         state_BHKV: the state to start from; None for zeros. float32, or float64 for float64 inputs.
+        g_BTH: log of the decay, at most 0, float32 or wider; None for a memory that never fades.
         scale: of the outputs; None for K**-0.5.
         boundaries: whether to return the states on the grid.
         impl: see `refine_kernels.choose`.
@@ -38,5 +42,5 @@ def delta_rule(
     Returns `DeltaRule`: outputs in the dtype of v, states in float32 (float64 for float64 inputs). All of it
     carries gradients to all inputs.
     """
-    ops = choose(__name__, impl, q_BTHK)
-    return ops.delta_rule(q_BTHK, k_BTHK, v_BTHV, beta_BTH, state_BHKV, scale=scale, boundaries=boundaries)
+    ops = choose(__name__, impl, q_BTGK, decay=g_BTH is not None)
+    return ops.delta_rule(q_BTGK, k_BTGK, v_BTHV, beta_BTH, state_BHKV, g_BTH=g_BTH, scale=scale, boundaries=boundaries)

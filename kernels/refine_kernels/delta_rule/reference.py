@@ -1,13 +1,15 @@
-"""The delta rule in plain torch, a chunk of tokens at a time (Yang et al., arXiv 2406.06484, section 3).
+"""The delta rule in plain torch, a chunk of tokens at a time (Yang et al., arXiv 2406.06484 section 3, 2412.06464).
 
-Within a chunk that starts from state S, the correction u_t that token t writes depends on the corrections
-before it only through a unit lower triangular system, so all of them are one solve:
+Within a chunk that starts from state S, let a_t be the sum of the log decays up to token t and D the lower triangular
+matrix exp(a_t - a_s), s <= t. The correction u_t that token t writes depends on the corrections before it only
+through a unit lower triangular system, so all of them are one solve:
 
-    u = (I + tril(beta k k^T, -1))^-1 (beta v - beta k S) = U - W S
-    o = scale (q S + tril(q k^T) u)            S' = S + k^T u
+    u = (I + tril(beta k k^T * D, -1))^-1 (beta v - beta exp(a) k S) = U - W S
+    o = scale (exp(a) q S + (q k^T * D) u)          S' = exp(a_L) S + (exp(a_L - a) k)^T u
 
-U, W and tril(q k^T) need no state and are computed for all chunks at once; only S' = S + k^T (U - W S)
-runs from chunk to chunk: two matrix products for each.
+U, W and q k^T * D need no state and are computed for all chunks at once; only S' runs from chunk to chunk: two matrix
+products for each. Every exponent is a decay from an earlier token to a later one, hence at most 0: nothing overflows,
+however fast the memory fades. Without decay every exponential is 1 and is left out.
 """
 
 from __future__ import annotations
@@ -33,38 +35,58 @@ class DeltaRule(NamedTuple):
     """Tokens between two boundaries."""
 
 
+class _Decay(NamedTuple):
+    """How much of what is in a memory is left, for every chunk of L tokens; [..., L, 1] but where named."""
+
+    into: Tensor
+    """From the chunk's start to each token."""
+    within_LL: Tensor
+    """From each token (column) to each token not before it (row); above the diagonal without meaning."""
+    out: Tensor
+    """From each token to the chunk's end."""
+    through: Tensor
+    """From the chunk's start to its end, [..., 1, 1]."""
+
+
 def delta_rule(
-    q_BTHK: Tensor,
-    k_BTHK: Tensor,
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
     v_BTHV: Tensor,
     beta_BTH: Tensor,
     state_BHKV: Tensor | None = None,
     *,
+    g_BTH: Tensor | None = None,
     scale: float | None = None,
     boundaries: bool = False,
 ) -> DeltaRule:
     """See `refine_kernels.delta_rule.delta_rule`."""
-    B, T, H, K = k_BTHK.shape
-    V = v_BTHV.shape[-1]
+    B, T, H, V = v_BTHV.shape
+    K = k_BTGK.shape[-1]
+    wide = torch.float64 if q_BTGK.dtype == torch.float64 else torch.float32
+    q_BTHK, k_BTHK = _each_head(q_BTGK, H), _each_head(k_BTGK, H)
     if T == 1 and not boundaries:
-        return _one_token(q_BTHK, k_BTHK, v_BTHV, beta_BTH, state_BHKV, scale)
-    wide = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
+        return _one_token(q_BTHK, k_BTHK, v_BTHV, beta_BTH, state_BHKV, g_BTH, scale)
     scaled = K**-0.5 if scale is None else scale
     L = min(CHUNK, T)
-    G = -(-T // L)
+    N = -(-T // L)
 
     def chunked(x_BTH_: Tensor) -> Tensor:
-        """[B, T, H, X] -> [B·H, G, L, X]; the tail is padded with zeros, and beta = 0 writes nothing."""
-        x = F.pad(x_BTH_.to(wide), (0, 0, 0, 0, 0, G * L - T))
-        return x.view(B, G, L, H, -1).permute(0, 3, 1, 2, 4).reshape(B * H, G, L, -1)
+        """[B, T, H, X] -> [B·H, N, L, X]; the tail is padded with zeros, and beta = g = 0 changes nothing."""
+        x = F.pad(x_BTH_.to(wide), (0, 0, 0, 0, 0, N * L - T))
+        return x.view(B, N, L, H, -1).permute(0, 3, 1, 2, 4).reshape(B * H, N, L, -1)
 
-    with torch.autocast(q_BTHK.device.type, enabled=False):
+    with torch.autocast(q_BTGK.device.type, enabled=False):
         q, k, v, beta = chunked(q_BTHK), chunked(k_BTHK), chunked(v_BTHV), chunked(beta_BTH[..., None])
+        decay = None if g_BTH is None else _decay(chunked(g_BTH[..., None]))
         k_beta, v_beta = k * beta, v * beta
+        inside, lower = q @ k.transpose(-1, -2), k_beta @ k.transpose(-1, -2)
+        k_out = k
+        if decay is not None:
+            inside, lower = inside * decay.within_LL, lower * decay.within_LL
+            q, k_beta, k_out = q * decay.into, k_beta * decay.into, k * decay.out
         if L > 1:
-            lower = torch.tril(k_beta @ k.transpose(-1, -2), -1)
             solved = torch.linalg.solve_triangular(
-                lower, torch.cat((v_beta, k_beta), -1), upper=False, unitriangular=True
+                torch.tril(lower, -1), torch.cat((v_beta, k_beta), -1), upper=False, unitriangular=True
             )
             U, W = solved.split((V, K), -1)
         else:
@@ -72,21 +94,42 @@ def delta_rule(
 
         S = q.new_zeros(B * H, K, V) if state_BHKV is None else state_BHKV.to(wide).reshape(B * H, K, V)
         before, written = [], []
-        for U_g, W_g, k_g in zip(U.unbind(1), W.unbind(1), k.unbind(1), strict=True):
-            u_g = torch.baddbmm(U_g, W_g, S, alpha=-1)
+        through = [None] * N if decay is None else decay.through.unbind(1)
+        for U_n, W_n, k_n, through_n in zip(U.unbind(1), W.unbind(1), k_out.unbind(1), through, strict=True):
+            u_n = torch.baddbmm(U_n, W_n, S, alpha=-1)
             before.append(S)
-            written.append(u_g)
-            S = torch.baddbmm(S, k_g.transpose(-1, -2), u_g)
+            written.append(u_n)
+            S = torch.baddbmm(S if through_n is None else S * through_n, k_n.transpose(-1, -2), u_n)
 
-        inside = torch.tril(q @ k.transpose(-1, -2))
-        o = scaled * (q @ torch.stack(before, 1) + inside @ torch.stack(written, 1))
-        o_BTHV = o.view(B, H, G * L, V).transpose(1, 2)[:, :T].to(v_BTHV.dtype)
-        grid = torch.stack((*before, S), 1).view(B, H, G + 1, K, V).transpose(1, 2) if boundaries else None
+        o = scaled * (q @ torch.stack(before, 1) + torch.tril(inside) @ torch.stack(written, 1))
+        o_BTHV = o.view(B, H, N * L, V).transpose(1, 2)[:, :T].to(v_BTHV.dtype)
+        grid = torch.stack((*before, S), 1).view(B, H, N + 1, K, V).transpose(1, 2) if boundaries else None
     return DeltaRule(o_BTHV, S.view(B, H, K, V), grid, L)
 
 
+def _decay(g: Tensor) -> _Decay:
+    """Of the log decays [..., L, 1]."""
+    total = g.cumsum(-2)
+    last = total[..., -1:, :]
+    # tril before exp: above the diagonal the differences are positive, and their exponential may overflow
+    within = torch.tril(total - total.transpose(-1, -2)).exp()
+    return _Decay(total.exp(), within, (last - total).exp(), last.exp())
+
+
+def _each_head(x_BTGK: Tensor, heads: int) -> Tensor:
+    """Head h of `heads` gets head h // (heads // G)."""
+    G = x_BTGK.shape[2]
+    return x_BTGK if heads == G else x_BTGK.repeat_interleave(heads // G, 2)
+
+
 def _one_token(
-    q_B1HK: Tensor, k_B1HK: Tensor, v_B1HV: Tensor, beta_B1H: Tensor, state_BHKV: Tensor | None, scale: float | None
+    q_B1HK: Tensor,
+    k_B1HK: Tensor,
+    v_B1HV: Tensor,
+    beta_B1H: Tensor,
+    state_BHKV: Tensor | None,
+    g_B1H: Tensor | None,
+    scale: float | None,
 ) -> DeltaRule:
     """The definition itself, for decoding."""
     B, _, H, K = k_B1HK.shape
@@ -95,6 +138,8 @@ def _one_token(
     with torch.autocast(q_B1HK.device.type, enabled=False):
         q, k, v = (x.to(wide).reshape(B * H, 1, -1) for x in (q_B1HK, k_B1HK, v_B1HV))
         S = q.new_zeros(B * H, K, V) if state_BHKV is None else state_BHKV.to(wide).reshape(B * H, K, V)
+        if g_B1H is not None:
+            S = S * g_B1H.to(wide).reshape(B * H, 1, 1).exp()
         u = torch.baddbmm(v, k, S, alpha=-1) * beta_B1H.to(wide).reshape(B * H, 1, 1)
         S = torch.baddbmm(S, k.transpose(1, 2), u)
         o_B1HV = (q @ S * (K**-0.5 if scale is None else scale)).view(B, 1, H, V).to(v_B1HV.dtype)

@@ -6,13 +6,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from refine_kernels.linear_head import chunked, reference
+from refine_kernels.choose import choose
 
 __all__ = ["linear_head"]
 
 
 def linear_head(
-    hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, *, impl: Literal["auto", "reference", "chunked"] = "auto"
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    labels_M: Tensor,
+    *,
+    impl: Literal["auto", "reference", "plain", "fused"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight^T)[label] and the entropy of softmax(hidden @ weight^T), in nats.
 
@@ -20,9 +24,13 @@ def linear_head(
         hidden_MD: M rows of hidden states, after the final norm.
         weight_VD: the output embedding.
         labels_M: int64, one label per row.
-        impl: `reference` stores the M × V logits; `chunked` (what auto takes) never does.
+        impl: see `refine_kernels.choose`; `plain` is a third one, which stores the M × V logits that the others
+            never do and says in five lines what they mean.
 
     Returns log-probabilities [M] (differentiable) and entropies [M] (no gradient), float32, or float64 for float64.
     """
-    ops = reference if impl == "reference" else chunked
-    return ops.linear_head(hidden_MD, weight_VD, labels_M)
+    if impl == "plain":
+        from refine_kernels.linear_head import plain
+
+        return plain.linear_head(hidden_MD, weight_VD, labels_M)
+    return choose(__name__, impl, hidden_MD).linear_head(hidden_MD, weight_VD, labels_M)

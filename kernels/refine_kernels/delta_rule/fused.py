@@ -1,0 +1,196 @@
+"""The delta rule on a GPU: flash-linear-attention's kernels, and one of our own where forks need it.
+
+Forward: the chunks' triangular systems, then the states from chunk to chunk, then the outputs. fla's kernel of the
+states already writes the state at the start of every chunk; that tensor is the grid, so forks cost no extra pass. It
+is in the dtype of the inputs, as rounded as what every token of the chunk reads in fla's own forward.
+
+Backward: a fork's gradient arrives at the start of a chunk and must join the recurrence there. `state_gradients` is
+that recurrence (what fla calls dhu) with such arrivals; all other kernels of the backward are fla's.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refine_kernels import fla
+from refine_kernels.delta_rule.reference import DeltaRule
+from refine_kernels.runtime import ceiling, why_no_triton
+
+CHUNK = 64
+LARGEST_KEY = 256
+FEW = 32
+"""Up to so many tokens are read one after another where no gradient is wanted: faster than a padded chunk."""
+LOG2_E = 1.4426950408889634
+
+
+def why_not(x: Tensor, decay: bool = False) -> str | None:
+    """Why the kernels cannot run on tensors like `x`, or None."""
+    if x.device.type != "cuda":
+        return f"the tensor is on {x.device.type}, not on cuda"
+    if x.shape[-1] > LARGEST_KEY:
+        return f"heads have {x.shape[-1]} key channels; the kernels take at most {LARGEST_KEY}"
+    return why_no_triton(x, (torch.bfloat16, torch.float16)) or (fla.why_no_decay() if decay else fla.why_not())
+
+
+def delta_rule(
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    v_BTHV: Tensor,
+    beta_BTH: Tensor,
+    state_BHKV: Tensor | None = None,
+    *,
+    g_BTH: Tensor | None = None,
+    scale: float | None = None,
+    boundaries: bool = False,
+) -> DeltaRule:
+    """See `refine_kernels.delta_rule.delta_rule`."""
+    scale = q_BTGK.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (x.contiguous() for x in (q_BTGK, k_BTGK, v_BTHV))
+    beta = beta_BTH.to(q.dtype).contiguous()
+    g = None if g_BTH is None else g_BTH.float().contiguous()
+    state = None if state_BHKV is None else state_BHKV.float().contiguous()
+    inputs = [x for x in (q, k, v, beta, g, state) if x is not None]
+    if not boundaries and q.shape[1] <= FEW and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        outputs, after = fla.ops("gated_delta_rule.fused_recurrent").fused_recurrent_gated_delta_rule_fwd(
+            q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state, output_final_state=True
+        )
+        return DeltaRule(outputs, after, None, 1)
+    outputs, after, grid = _Chunked.apply(q, k, v, beta, g, state, scale, boundaries)  # pyright: ignore[reportGeneralTypeIssues]
+    return DeltaRule(outputs, after, grid, CHUNK)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, beta, g, state, scale, boundaries):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if g is not None:
+            g = fla.ops("utils.cumsum").chunk_local_cumsum(g, chunk_size=CHUNK, scale=LOG2_E)
+        w, u, A = fla.ops("gated_delta_rule.chunk_fwd").chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=g, beta=beta)
+        h, written, after = fla.ops("common.chunk_delta_h").chunk_gated_delta_rule_fwd_h(
+            k=k, w=w, u=u, g=g, initial_state=state, output_final_state=True
+        )
+        o = fla.ops("common.chunk_o").chunk_fwd_o(q=q, k=k, v=written, h=h, g=g, scale=scale)
+        ctx.save_for_backward(q, k, v, beta, g, A, state)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)
+        return o, after, h if boundaries else None
+
+    @staticmethod
+    def backward(ctx, do, dafter, dgrid):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, beta, g, A, state = ctx.saved_tensors
+        scale = ctx.scale
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        wy, chunk_o = fla.ops("gated_delta_rule.wy_fast"), fla.ops("common.chunk_o")
+        w, u = wy.recompute_w_u_fwd(k=k, v=v, beta=beta, A=A, g=g)
+        h, written, _ = fla.ops("common.chunk_delta_h").chunk_gated_delta_rule_fwd_h(
+            k=k, w=w, u=u, g=g, initial_state=state, output_final_state=False
+        )
+        dwritten = chunk_o.chunk_bwd_dv_local(q=q, k=k, do=do, g=g, scale=scale)
+        dh, dstate, dwritten = state_gradients(q, k, w, do, dwritten, g, dafter, dgrid, scale, state is not None)
+        dq, dk, dw, dg = chunk_o.chunk_bwd_dqkwg(
+            q=q, k=k, v=written, w=w, g=g, h=h, dv=dwritten, do=do, dh=dh, scale=scale
+        )
+        dk2, dv, dbeta, dg2 = wy.prepare_wy_repr_bwd(k=k, v=v, beta=beta, g=g, A=A, dw=dw, du=dwritten)
+        dk.add_(dk2)
+        if g is not None:
+            dg = fla.ops("utils.cumsum").chunk_local_cumsum(dg.add_(dg2), chunk_size=CHUNK, reverse=True)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg, dstate, None, None
+
+
+def state_gradients(
+    q_BTGK: Tensor,
+    k_BTGK: Tensor,
+    w_BTHK: Tensor,
+    do_BTHV: Tensor,
+    dv_BTHV: Tensor,
+    g_BTH: Tensor | None,
+    dafter_BHKV: Tensor | None,
+    dgrid_BNHKV: Tensor | None,
+    scale: float,
+    wants_start: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gradient with respect to every state, from the last chunk to the first.
+
+    With dS the gradient of the state after a chunk, s the chunk's own and L its last token:
+
+        dv' = dv + exp2(g_L - g) (k dS)       dS_before = exp2(g_L) dS + scale (exp2(g) q)^T do - w^T dv' + dgrid
+
+    Args:
+        w_BTHK: the W of the chunks' solved systems.
+        dv_BTHV: gradient of what was written, through the outputs of the same chunk.
+        g_BTH: base-2 log decay summed within each chunk, float32.
+        dafter_BHKV: gradient of the last state. dgrid_BNHKV: of the states at the chunks' starts, which forks bring.
+        wants_start: whether the gradient of the first state is asked for.
+
+    Returns dS after each chunk [B, N, H, K, V] in the dtype of q, of the first state (float32) and dv'.
+    """
+    B, T, G, K = q_BTGK.shape
+    H, V = do_BTHV.shape[2:]
+    N = ceiling(T, CHUNK)
+    dh = q_BTGK.new_empty(B, N, H, K, V)
+    dstart = torch.empty(B, H, K, V, dtype=torch.float32, device=q_BTGK.device) if wants_start else None
+    dv2 = torch.empty_like(dv_BTHV)
+    BV = min(32, max(16, triton.next_power_of_2(V)))
+    with torch.cuda.device_of(q_BTGK):
+        _state_gradients_kernel[(ceiling(V, BV), B * H)](
+            q_BTGK, k_BTGK, w_BTHK, do_BTHV, dv_BTHV, g_BTH,
+            None if dafter_BHKV is None else dafter_BHKV.contiguous(),
+            None if dgrid_BNHKV is None else dgrid_BNHKV.contiguous(),
+            dh, dstart, dv2, scale, T,
+            G=G, H=H, K=K, V=V, L=CHUNK, BK=max(16, triton.next_power_of_2(K)), BV=BV,
+            DECAY=g_BTH is not None, AFTER=dafter_BHKV is not None, FORKS=dgrid_BNHKV is not None, START=wants_start,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return dh, dstart, dv2
+
+
+@triton.jit
+def _state_gradients_kernel(
+    q, k, w, do, dv, g, dafter, dgrid, dh, dstart, dv2, scale, T,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, AFTER: tl.constexpr, FORKS: tl.constexpr, START: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(1) // H).to(tl.int64)
+    head = tl.program_id(1) % H
+    group = head // (H // G)
+    keys = tl.arange(0, BK)
+    values = tl.program_id(0) * BV + tl.arange(0, BV)
+    of_state = keys[:, None] * V + values[None, :]
+    in_state = (keys[:, None] < K) & (values[None, :] < V)
+    N = tl.cdiv(T, L)
+    b_dh = tl.zeros([BK, BV], dtype=tl.float32)
+    if AFTER:
+        b_dh += tl.load(dafter + (row * H + head) * K * V + of_state, mask=in_state, other=0).to(tl.float32)
+    for back in range(N):
+        n = N - 1 - back
+        chunk = ((row * N + n) * H + head) * K * V
+        tl.store(dh + chunk + of_state, b_dh.to(dh.dtype.element_ty), mask=in_state)
+        tokens = n * L + tl.arange(0, L)
+        real = tokens < T
+        at = row * T + tokens
+        qk = (at[:, None] * G + group) * K + keys[None, :]
+        in_qk = real[:, None] & (keys[None, :] < K)
+        vs = (at[:, None] * H + head) * V + values[None, :]
+        in_vs = real[:, None] & (values[None, :] < V)
+        b_q = tl.load(q + qk, mask=in_qk, other=0)
+        b_k = tl.load(k + qk, mask=in_qk, other=0)
+        b_w = tl.load(w + (at[:, None] * H + head) * K + keys[None, :], mask=in_qk, other=0)
+        b_do = tl.load(do + vs, mask=in_vs, other=0)
+        b_dv = tl.dot(b_k, b_dh.to(b_k.dtype))
+        if DECAY:
+            b_g = tl.load(g + at * H + head, mask=real, other=0)
+            g_last = tl.load(g + (row * T + tl.minimum((n + 1) * L, T) - 1) * H + head)
+            b_dv *= tl.where(real, tl.exp2(g_last - b_g), 0)[:, None]
+            b_dh *= tl.exp2(g_last)
+            b_q = (b_q * tl.exp2(b_g)[:, None]).to(b_k.dtype)
+        b_dv += tl.load(dv + vs, mask=in_vs, other=0).to(tl.float32)
+        tl.store(dv2 + vs, b_dv.to(dv2.dtype.element_ty), mask=in_vs)
+        b_dh += tl.dot(tl.trans(b_q), b_do) * scale
+        b_dh -= tl.dot(tl.trans(b_w), b_dv.to(b_w.dtype))
+        if FORKS:
+            b_dh += tl.load(dgrid + chunk + of_state, mask=in_state, other=0).to(tl.float32)
+    if START:
+        tl.store(dstart + (row * H + head) * K * V + of_state, b_dh, mask=in_state)

@@ -1,0 +1,182 @@
+"""Which token belongs to which chunk: reading rows that stand at different places of their chunks, and forking them.
+
+Tokens of a row are counted from the start of its unfinished chunk: the `held` tokens of the buffer, then the T new
+ones. The g-th chunk of every row is then the places g·L .. g·L + L - 1 of that count, and the rows go through their
+updates together; a row that does not reach the end of its g-th chunk keeps its weights. How many updates there are is
+known on the host, so that none is computed where no row reaches an end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refine_kernels.lact.reference import Chunk, FastWeights, map_chunk, map_weights
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where each row stands: tokens that were read before, and real tokens of this piece; on device and host."""
+
+    seen_B: Tensor
+    seen: Sequence[int]
+    lengths_B: Tensor | None
+    """None: T of each row."""
+    lengths: Sequence[int]
+
+
+@dataclass(frozen=True)
+class LaCT:
+    """What reading a piece of text gives."""
+
+    outputs_BTHV: Tensor
+    fast: FastWeights
+    """After each row's last real token."""
+    unfinished: Chunk
+    """The tokens since the last update."""
+    boundaries: tuple[FastWeights, ...] | None
+    """After 0, 1, 2, ... of the updates that this piece made; a row that made fewer repeats its last."""
+    _tokens: Chunk
+    _before: Chunk | None
+    _held_B: Tensor
+    _L: int
+
+    def state_at(self, positions_BC: Tensor) -> tuple[FastWeights, Chunk]:
+        """The state after token positions_BC[b, c], from -1 (before the piece), for B·C rows, row-major.
+
+        Nothing is computed again: the weights are those that the updates so far left, and the tokens since are
+        looked up. Differentiable. Needs `boundaries`.
+        """
+        assert self.boundaries is not None
+        updates_BC = _updates(self._held_B[:, None] + positions_BC + 1, self._L)
+        unfinished = _unfinished(self._before, self._tokens, self._held_B, positions_BC, self._L)
+        return _chosen(self.boundaries, updates_BC), unfinished
+
+
+def read(
+    ops: ModuleType,
+    q_BTHK: Tensor,
+    tokens: Chunk,
+    fast: FastWeights,
+    unfinished: Chunk | None,
+    place: Place,
+    *,
+    L: int,
+    muon: bool,
+    joint: bool,
+    boundaries: bool,
+) -> LaCT:
+    """See `refine_kernels.lact.lact`. `ops` has `apply` and `update`."""
+    T = q_BTHK.shape[1]
+    held = [n - _host_updates(n, L) * L for n in place.seen]
+    held_B = place.seen_B - _updates(place.seen_B, L) * L
+    ends = [_host_updates(h + n, L) for h, n in zip(held, place.lengths, strict=True)]
+    with torch.autocast(q_BTHK.device.type, enabled=False):
+        weights, pieces = [fast], []
+        for g in range(max(ends) + 1):
+            start, stop = max(g * L - max(held), 0), T if g == max(ends) else max((g + 1) * L - min(held), 0)
+            if stop > start:
+                pieces.append((g, start, ops.apply(fast.weights, q_BTHK[:, start:stop])))
+            if g == max(ends):
+                break
+            chunk = _chunk(unfinished, tokens, held, held_B, g, L)
+            after = ops.update(fast, chunk, muon=muon, joint=joint)
+            if min(ends) <= g:
+                real_B = T if place.lengths_B is None else place.lengths_B
+                after = _where(_updates(held_B + real_B, L) > g, after, fast)
+            fast = after
+            if boundaries:
+                weights.append(fast)
+        outputs_BTHV = _together(pieces, held, held_B, T, L)
+    if T == 1 and unfinished is not None and max(ends) == 0:
+        rest = _appended(unfinished, tokens, held_B)
+    else:
+        last_B = torch.full_like(held_B, T - 1) if place.lengths_B is None else place.lengths_B - 1
+        rest = _unfinished(unfinished, tokens, held_B, last_B[:, None], L)
+    kept = tuple(weights) if boundaries else None
+    return LaCT(outputs_BTHV, fast, rest, kept, tokens, unfinished, held_B, L)
+
+
+def _host_updates(tokens: int, L: int) -> int:
+    return max(tokens - 1, 0) // L
+
+
+def _updates(tokens: Tensor, L: int) -> Tensor:
+    """How many updates have been made after so many tokens."""
+    return (tokens - 1).clamp(min=0) // L
+
+
+def _chunk(before: Chunk | None, tokens: Chunk, held: Sequence[int], held_B: Tensor, g: int, L: int) -> Chunk:
+    """The g-th chunk of every row, [B, L, ...]; tokens without meaning in rows that do not reach its end."""
+    if min(held) < max(held):
+        starts_B1 = torch.full_like(held_B, g * L)[:, None]
+        return map_chunk(lambda x: x.squeeze(1), _lookup(before, tokens, held_B, starts_B1, L))
+    start = g * L - held[0]
+    if start >= 0 or before is None:
+        return map_chunk(lambda x: x[:, start : start + L], tokens)
+    return map_chunk(lambda x, old: torch.cat((old[:, : held[0]], x[:, : start + L]), 1), tokens, before)
+
+
+def _unfinished(before: Chunk | None, tokens: Chunk, held_B: Tensor, positions_BC: Tensor, L: int) -> Chunk:
+    """The tokens that no update has used after each position, from the start of a buffer of L, then zeros; B·C rows."""
+    places_BC = held_B[:, None] + positions_BC + 1
+    starts_BC = _updates(places_BC, L) * L
+    held_BCL = torch.arange(L, device=held_B.device) < (places_BC - starts_BC)[..., None]
+    found = _lookup(before, tokens, held_B, starts_BC, L)
+    return map_chunk(lambda x: x.masked_fill(~_like(held_BCL, x), 0).flatten(0, 1), found)
+
+
+def _lookup(before: Chunk | None, tokens: Chunk, held_B: Tensor, starts_BC: Tensor, L: int) -> Chunk:
+    """The L places of each row from each start on, a multiple of L: [B, C, L, ...]."""
+    index_BCL = starts_BC[..., None] + torch.arange(L, device=held_B.device) - held_B[:, None, None]
+    rows_B11 = torch.arange(held_B.shape[0], device=held_B.device)[:, None, None]
+    T = tokens.k_BLHK.shape[1]
+    new = map_chunk(lambda x: x[rows_B11, index_BCL.clamp(0, T - 1)], tokens)
+    if before is None:
+        return new
+    # A place in the buffer is the same place counted from the start, which is then 0.
+    return map_chunk(lambda x, old: torch.where(_like(index_BCL < 0, x), old[:, None].to(x.dtype), x), new, before)
+
+
+def _appended(before: Chunk, token: Chunk, held_B: Tensor) -> Chunk:
+    """The buffer with one more token in each row, which no row's chunk ends before; one operation per tensor."""
+    here_BL = torch.arange(before.k_BLHK.shape[1], device=held_B.device) == held_B[:, None]
+    return map_chunk(lambda old, x: torch.where(_like(here_BL, old), x.to(old.dtype), old), before, token)
+
+
+def _together(pieces: Sequence[tuple[int, int, Tensor]], held: Sequence[int], held_B: Tensor, T: int, L: int) -> Tensor:
+    """Outputs of all tokens from those with each chunk's weights: (chunk, first token, outputs)."""
+    if min(held) == max(held):
+        return pieces[0][2] if len(pieces) == 1 else torch.cat([o for _, _, o in pieces], 1)
+    chunk_BT = (held_B[:, None] + torch.arange(T, device=held_B.device)) // L
+    outputs_BTHV = None
+    for g, start, o in pieces:
+        stop = start + o.shape[1]
+        o_BTHV = F.pad(o, (0, 0, 0, 0, start, T - stop))
+        outputs_BTHV = o_BTHV if outputs_BTHV is None else torch.where(_like(chunk_BT >= g, o), o_BTHV, outputs_BTHV)
+    assert outputs_BTHV is not None
+    return outputs_BTHV
+
+
+def _where(mask_B: Tensor, new: FastWeights, old: FastWeights) -> FastWeights:
+    return map_weights(lambda x, y: torch.where(_like(mask_B, x), x, y), new, old)
+
+
+def _chosen(boundaries: Sequence[FastWeights], updates_BC: Tensor) -> FastWeights:
+    """The weights of row b after updates_BC[b, c] updates, for B·C rows."""
+    rows_B1 = torch.arange(updates_BC.shape[0], device=updates_BC.device)[:, None]
+
+    def choose(*tensors: Tensor) -> Tensor:
+        return torch.stack(tensors)[updates_BC, rows_B1].flatten(0, 1)
+
+    return map_weights(choose, *boundaries)
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask with as many dimensions as x."""
+    return mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
