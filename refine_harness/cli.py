@@ -61,6 +61,8 @@ pages = typer.Typer(
     help="Turn score records into a page that opens in any browser.", no_args_is_help=True, rich_markup_mode="markdown"
 )
 app.add_typer(pages, name="leaderboard")
+gpu = typer.Typer(help="What runs on a GPU, and how it is tuned.", no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(gpu, name="kernels")
 
 Model = Annotated[
     str, typer.Option("--model", help="Model folder, hub id, or the embedded refine-tiny.", metavar="MODEL")
@@ -367,6 +369,26 @@ def tokenizer(
     from refine_harness.data.tokenizer import train_tokenizer
 
     print(train_tokenizer((row[text_column] for row in read_rows(data, [text_column])), vocab_size, out))
+
+
+@command(gpu, "tune")
+def tune(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write; later processes read it if REFINE_TUNED names it.")
+    ] = None,
+) -> None:
+    """Choose tile sizes for this GPU, once; later processes start without searching.
+
+    Choices for the GPUs that could be measured are shipped. Takes a few minutes.
+    Example: `refine kernels tune`
+    """
+    from refine_kernels.choose import ImplementationError
+    from refine_kernels.tune import tune as choose_tiles
+
+    try:
+        print(choose_tiles(path=out))
+    except ImplementationError as error:
+        raise RunError(f"{error}. Run it on the machine whose GPU you want to use.") from None
 
 
 @command(app, "explain")

@@ -58,13 +58,26 @@ def ops(name: str) -> ModuleType:
     return module
 
 
-def tuned_file(gpu: str | None = None) -> Path:
-    """Where the choices for a GPU are: REFINE_TUNED, the user's own, or the shipped ones; it need not exist."""
+def tuned_file() -> Path:
+    """Where the choices for this GPU are; the file need not exist.
+
+    REFINE_TUNED names a file; else the user's own, or the shipped one for this very GPU, or one that was shipped for
+    another GPU of the same architecture, whose choices are good ones too.
+    """
     if named := os.environ.get("REFINE_TUNED"):
         return Path(named)
-    name = re.sub(r"[^a-z0-9]+", "-", (gpu or torch.cuda.get_device_name()).lower()).strip("-") + ".json"
-    own = user_folder() / name
-    return own if own.is_file() else SHIPPED / name
+    name = file_name()
+    for folder in (user_folder(), SHIPPED):
+        if (folder / name).is_file():
+            return folder / name
+    capability = list(torch.cuda.get_device_capability())
+    alike = (path for path in sorted(SHIPPED.glob("*.json")) if _read(path)["capability"] == capability)
+    return next(alike, SHIPPED / name)
+
+
+def file_name() -> str:
+    """The name of the file for this GPU."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") + ".json"
 
 
 def user_folder() -> Path:
@@ -90,9 +103,10 @@ def autotuners() -> Iterator[tuple[str, Any]]:
 
 def load_tuned(path: Path | None = None) -> int:
     """Put tuned choices into the kernels imported so far; how many kernels have one."""
-    path = path or tuned_file()
-    choices = _read(path)
     import triton
+
+    path = path or tuned_file()
+    choices = _read(path)["kernels"] if path.is_file() else {}
 
     found = 0
     for name, tuner in autotuners():
@@ -110,25 +124,33 @@ def load_tuned(path: Path | None = None) -> int:
 
 
 @cache
-def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
-    if not path.is_file():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))["kernels"]
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save_tuned(path: Path) -> int:
     """Write the choices that this process has made or loaded; how many kernels have one."""
     import triton
 
-    kernels = {}
+    kernels: dict[str, list[str]] = {}
     for name, tuner in autotuners():
         entries = [
             {"key": list(key), "config": config.kwargs, "warps": config.num_warps, "stages": config.num_stages}
             for key, config in tuner.cache.items()
         ]
         if entries:
-            kernels[name] = sorted(entries, key=str)
-    tree = {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__, "kernels": kernels}
+            kernels[name] = sorted(json.dumps(entry) for entry in entries)
+    # One line per choice: a few hundred of them, to be read and compared.
+    lists = (f"  {json.dumps(name)}: [\n   " + ",\n   ".join(kernels[name]) + "\n  ]" for name in sorted(kernels))
+    head = {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
+        "triton": triton.__version__,
+    }
+    facts = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
+    text = "{\n" + ",\n".join([*facts, ' "kernels": {\n' + ",\n".join(lists) + "\n }"]) + "\n}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
     return len(kernels)

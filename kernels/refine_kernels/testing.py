@@ -17,6 +17,16 @@ TOLERANCE: dict[torch.dtype, float] = {
 }
 """Largest ‖got - want‖ / ‖want‖, by the narrower of the two dtypes. CI and GPU runs use this one table."""
 
+MODEL_TOLERANCE: dict[str, float] = {
+    "hidden": 3e-2,
+    "logits": 3e-2,
+    "loss": 2e-3,
+    "gradient": 5e-2,
+    "worst gradient": 1e-1,
+}
+"""The same for a whole model in bfloat16, where every layer adds its rounding: final hidden states, logits, mean loss,
+all gradients as one vector, and the parameter whose gradient is farthest off."""
+
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """‖got - want‖ / ‖want‖ in float64; ‖got‖ where want is zero; infinite where either is not finite."""

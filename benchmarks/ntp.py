@@ -1,0 +1,131 @@
+"""A next-token step of DeltaNet-1.3B at 16,384 tokens, ours beside stock flash-linear-attention: time and memory.
+
+Both run in one process on the same GPU with the same weights, dtype (bfloat16) and text, fla with its fused
+cross-entropy, turn and turn about. Before anything is timed, the gradients of both are compared.
+
+    python benchmarks/ntp.py [--tokens 16384] [--documents 1] [--layers 24] [--repeats 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from refine_kernels.testing import relative_error
+from report import Row, publish
+from shapes import DELTANET_1B
+
+from refine_harness.algorithm import refine_step
+from refine_harness.config import Algorithm
+from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM
+from refine_harness.types import Batch
+
+NTP = Algorithm(lambda_rl=0.0)
+GRADIENTS = 5e-2
+"""Largest relative difference of a parameter's gradient between two bfloat16 implementations of 24 layers."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--documents", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=7)
+    asked = parser.parse_args()
+    from fla.models import DeltaNetConfig as StockConfig
+    from fla.models import DeltaNetForCausalLM as StockModel
+    from refine_kernels.fla import load_tuned
+
+    load_tuned()  # stock fla profits from the tuned choices too
+    shape = {**DELTANET_1B, "num_hidden_layers": asked.layers}
+    shape.pop("model_type")
+    torch.manual_seed(0)
+    ours = DeltaNetForCausalLM(DeltaNetConfig(**shape)).to("cuda", torch.bfloat16).train()
+    stock = StockModel(StockConfig(**shape)).to("cuda", torch.bfloat16).train()
+    stock.load_state_dict(ours.state_dict())
+    text = torch.randint(3, 32000, (asked.documents, asked.tokens), generator=torch.Generator().manual_seed(0)).cuda()
+    batch = Batch(text, torch.full((asked.documents,), asked.tokens, device="cuda"))
+
+    steps: dict[str, Callable[[], Any]] = {
+        "ours": lambda: our_step(ours, batch),
+        "stock": lambda: stock_step(stock, text),
+    }
+    worst, loss_error = compare(ours, stock, steps)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    peaks = {name: peak(steps[name], model) for name, model in (("ours", ours), ("stock", stock))}
+    for _ in range(asked.repeats):
+        for name, model in (("ours", ours), ("stock", stock)):
+            seconds[name].append(timed(steps[name], model))
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio, memory = median["ours"] / median["stock"], peaks["ours"] / peaks["stock"]
+    parameters = sum(p.numel() for p in ours.parameters())
+    rows = [
+        Row("largest gradient difference", worst, "relative", 1, f"at most {GRADIENTS}", worst <= GRADIENTS),
+        Row("loss difference", loss_error, "relative", 1, "at most 0.001", loss_error <= 1e-3),
+        Row("NTP step, ours", median["ours"], "s", asked.repeats),
+        Row("NTP step, stock fla", median["stock"], "s", asked.repeats),
+        Row("NTP step, ours / stock fla", ratio, "ratio", asked.repeats, "at most 1.0", ratio <= 1.0),
+        Row("peak memory, ours", peaks["ours"] / 2**30, "GiB", 1),
+        Row("peak memory, stock fla", peaks["stock"] / 2**30, "GiB", 1),
+        Row("peak memory, ours / stock fla", memory, "ratio", 1, "at most 1.0", memory <= 1.0),
+        Row(
+            "achieved, ours (6 · parameters · tokens)",
+            6 * parameters * text.numel() / median["ours"] / 1e12,
+            "TFLOP/s",
+            1,
+        ),
+    ]
+    print(publish("ntp", rows))
+
+
+def our_step(model: DeltaNetForCausalLM, batch: Batch) -> torch.Tensor:
+    losses = refine_step(model, batch, NTP, [])
+    loss = losses.ntp_sum / losses.ntp_count
+    loss.backward()
+    return loss.detach()
+
+
+def stock_step(model: Any, text: torch.Tensor) -> torch.Tensor:
+    loss = model(text, labels=text).loss
+    loss.backward()
+    return loss.detach()
+
+
+def compare(ours: Any, stock: Any, steps: dict[str, Callable[[], torch.Tensor]]) -> tuple[float, float]:
+    """The largest relative difference of a parameter's gradient, and that of the loss; compiles all kernels."""
+    losses = {name: step() for name, step in steps.items()}
+    theirs = dict(stock.named_parameters())
+    worst = max(relative_error(p.grad, theirs[name].grad) for name, p in ours.named_parameters())
+    return worst, relative_error(losses["ours"], losses["stock"])
+
+
+def timed(step: Callable[[], Any], model: Any) -> float:
+    """Seconds of a forward and a backward, gradients into memory that is there."""
+    for p in model.parameters():
+        p.grad.zero_()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak(step: Callable[[], Any], model: Any) -> float:
+    """Bytes at most in use during a step, over what was in use before it (the other model, and both gradients)."""
+    for p in model.parameters():
+        p.grad = None
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return float(torch.cuda.max_memory_allocated() - before)
+
+
+if __name__ == "__main__":
+    main()

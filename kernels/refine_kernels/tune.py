@@ -1,0 +1,74 @@
+"""Choose tile sizes for a GPU that has no tuned file: run the kernels once at the shapes that matter, keep the choices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from refine_kernels import fla
+from refine_kernels.delta_rule import delta_rule
+
+TOKENS = 8192
+
+
+class Shape(NamedTuple):
+    """Heads of a delta rule, and whether its memory fades."""
+
+    heads: int
+    keys: int
+    values: int
+    decay: bool
+
+    def __str__(self) -> str:
+        return f"{self.heads} heads of {self.keys} × {self.values}{', with decay' if self.decay else ''}"
+
+
+COMMON = (
+    Shape(16, 128, 128, False),
+    Shape(2, 128, 128, False),
+    Shape(16, 64, 64, False),
+    Shape(6, 256, 512, True),
+    Shape(16, 128, 128, True),
+)
+"""DeltaNet-1.3B, the embedded model, small heads; Gated DeltaNet-1.3B and its kin."""
+
+
+def tune(shapes: tuple[Shape, ...] = COMMON, path: Path | None = None, say: Callable[[str], None] = print) -> Path:
+    """Tune, and write the file that later processes read; its path.
+
+    Raises ImplementationError when the kernels cannot run here.
+    """
+    from refine_kernels.choose import ImplementationError
+
+    if not torch.cuda.is_available():
+        raise ImplementationError("there is nothing to tune: torch sees no GPU here")
+    if (reason := fla.why_not()) is not None:
+        raise ImplementationError(f"there is nothing to tune: {reason}")
+    path = path or fla.user_folder() / fla.file_name()
+    for shape in shapes:
+        if shape.decay and (reason := fla.why_no_decay()) is not None:
+            say(f"{shape}: left out: {reason}")
+            continue
+        say(str(shape))
+        _run(shape)
+        fla.save_tuned(path)
+    return path
+
+
+def _run(shape: Shape) -> None:
+    """A forward and a backward, with forks and from a state."""
+    B, T, H = 1, TOKENS, shape.heads
+    q, k = (F.normalize(torch.randn(B, T, H, shape.keys, device="cuda"), dim=-1).bfloat16() for _ in range(2))
+    v = torch.randn(B, T, H, shape.values, device="cuda", dtype=torch.bfloat16)
+    beta = torch.rand(B, T, H, device="cuda", dtype=torch.bfloat16)
+    g = -torch.rand(B, T, H, device="cuda") * 0.1 if shape.decay else None
+    inputs = [x.requires_grad_() for x in (q, k, v, beta)]
+    start = torch.zeros(B, H, shape.keys, shape.values, device="cuda").requires_grad_()
+    for state in (None, start):
+        rule = delta_rule(*inputs, state, g_BTH=g, boundaries=True, impl="fused")
+        assert rule.boundaries_BGHKV is not None
+        (rule.outputs_BTHV.float().sum() + rule.state_BHKV.sum() + rule.boundaries_BGHKV.float().sum()).backward()

@@ -1,0 +1,80 @@
+"""What only a CUDA device runs: the delta rule and window attention against their references, forks included."""
+
+import pytest
+import torch
+from refine_kernels import delta_rule, window_attention
+from refine_kernels.delta_rule import fused
+from refine_kernels.testing import assert_close, poisoned
+
+pytestmark = pytest.mark.gpu
+
+
+def draw(*shape, seed=0, dtype=torch.bfloat16):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return x.to("cuda", dtype)
+
+
+def delta_inputs(B, T, G, H, K, V, decay):
+    q, k = (torch.nn.functional.normalize(draw(B, T, G, K, seed=s).float(), dim=-1).bfloat16() for s in (0, 1))
+    v, state = draw(B, T, H, V, seed=2), draw(B, H, K, V, seed=3, dtype=torch.float32) * 0.1
+    beta = draw(B, T, H, seed=4).sigmoid()
+    g = -draw(B, T, H, seed=5, dtype=torch.float32).abs() * 0.1 if decay else None
+    return [x if x is None else x.requires_grad_() for x in (q, k, v, beta, state, g)]
+
+
+@pytest.mark.parametrize("T", (1, 5, 63, 64, 100, 2000))
+@pytest.mark.parametrize(("G", "H", "K", "V", "decay"), [(2, 2, 128, 128, False), (2, 4, 64, 128, True)])
+def test_delta_rule(T, G, H, K, V, decay):
+    args = delta_inputs(2, T, G, H, K, V, decay)
+    if reason := fused.why_not(args[0], decay=decay):
+        pytest.skip(reason)
+    *inputs, g = args
+    with poisoned():
+        got = delta_rule(*inputs, g_BTH=g, boundaries=True, impl="fused")
+    exact = [x if x is None else x.detach().double().requires_grad_() for x in args]
+    *exact_inputs, exact_g = exact
+    want = delta_rule(*exact_inputs, g_BTH=exact_g, boundaries=True, impl="reference")
+    assert got.boundaries_BGHKV is not None and want.boundaries_BGHKV is not None
+    grid = got.boundaries_BGHKV.shape[1]
+    pairs = [
+        (got.outputs_BTHV, want.outputs_BTHV),
+        (got.state_BHKV, want.state_BHKV),
+        (got.boundaries_BGHKV, want.boundaries_BGHKV[:, :grid]),
+    ]
+    loss = exact_loss = 0
+    for seed, (a, b) in enumerate(pairs):
+        assert_close(a.bfloat16(), b, f"output {seed}")
+        slope = draw(*a.shape, seed=seed)
+        loss, exact_loss = loss + (a * slope).sum(), exact_loss + (b * slope.double()).sum()
+    leaves, exact_leaves = [x for x in args if x is not None], [x for x in exact if x is not None]
+    with poisoned():
+        grads = torch.autograd.grad(loss, leaves)
+    for name, a, b in zip(
+        "q k v beta state g".split(), grads, torch.autograd.grad(exact_loss, exact_leaves), strict=False
+    ):
+        assert_close(a.bfloat16(), b, f"gradient of {name}")
+
+
+def test_a_few_tokens_without_gradient():
+    *inputs, _ = delta_inputs(3, 7, 2, 2, 64, 64, False)
+    with torch.no_grad():
+        got, want = delta_rule(*inputs, impl="fused"), delta_rule(*(x.double() for x in inputs), impl="reference")
+    assert_close(got.outputs_BTHV, want.outputs_BTHV)
+    assert_close(got.state_BHKV, want.state_BHKV.float())
+
+
+@pytest.mark.parametrize("window", (None, 16, 300))
+@pytest.mark.parametrize(("T", "S", "past"), [(1, 40, (3, 39)), (50, 70, (0, 20)), (200, 200, None), (333, 400, None)])
+def test_window_attention(T, S, past, window):
+    q, k, v = draw(2, T, 4, 64), draw(2, S, 2, 64, seed=1), draw(2, S, 2, 64, seed=2)
+    args = [x.requires_grad_() for x in (q, k, v)]
+    past_B = None if past is None else torch.tensor(past, device="cuda")
+    got = window_attention(*args, past_B, window=window, impl="fused")
+    exact = [x.detach().double().requires_grad_() for x in args]
+    want = window_attention(*exact, past_B, window=window, impl="reference")
+    assert_close(got, want)
+    slope = draw(*got.shape, seed=9)
+    grads = torch.autograd.grad((got * slope).sum(), args)
+    wants = torch.autograd.grad((want * slope.double()).sum(), exact)
+    for name, a, b in zip("qkv", grads, wants, strict=True):
+        assert_close(a, b, f"gradient of {name}")
