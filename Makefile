@@ -76,4 +76,6 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "set-up: what tests and checks need"
 	@$(PIP) -e ".[dev]"
+	@# torch's CUDA build brings its own Triton; without one, kernels are tested in the interpreter of this.
+	@if [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c "import triton" 2> /dev/null; then $(PIP) triton==3.7.1; fi
 	@touch $@

@@ -51,10 +51,11 @@ def register_models() -> None:
     """Our configurations and models in transformers' auto classes, in front of any other of the same type."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM
+    from refine_harness.models.load import MODELS
 
-    AutoConfig.register(DeltaNetConfig.model_type, DeltaNetConfig, exist_ok=True)
-    AutoModelForCausalLM.register(DeltaNetConfig, DeltaNetForCausalLM, exist_ok=True)
+    for kind, (config, model) in MODELS.items():
+        AutoConfig.register(kind, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
 def register_backends() -> None:

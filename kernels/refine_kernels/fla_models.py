@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from refine_kernels.choose import ImplementationError
+from refine_kernels.runtime import interpreted
+from refine_kernels.window_attention import window_attention
 
 
 @cache
@@ -23,13 +26,34 @@ def causal_lms() -> Mapping[str, tuple[type[Any], type[Any]]]:
         models = importlib.import_module("fla.models")
     except Exception as error:  # fla looks at the machine while it is imported: many kinds, one cause
         raise ImplementationError(f"flash-linear-attention cannot be imported ({error})") from error
+    _supply_attention()
     classes = [getattr(models, name) for name in models.__all__ if name.endswith("ForCausalLM")]
     return {kind.config_class.model_type: (kind.config_class, kind) for kind in classes}
 
 
+def _supply_attention() -> None:
+    """Let fla's attention layers, which insist on flash-attn, compute with ours where it is not installed."""
+    layers: Any = importlib.import_module("fla.layers.attn")
+    if layers.flash_attn_func is None:
+        layers.flash_attn_func = _flash_attn_func
+
+
+def _flash_attn_func(
+    q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, causal: bool = True, window_size: tuple[int, int] = (-1, -1)
+) -> Tensor:
+    """What flash-attn's function of this name computes for fla: the last query meets the last key."""
+    window = None if window_size[0] < 0 else window_size[0] + 1
+    return window_attention(q_BTHD, k_BSGD, v_BSGD, window=window)
+
+
+def has_mamba_kernels() -> bool:
+    """Whether mamba_ssm is installed, whose kernels fla's Mamba layers then prefer."""
+    return find_spec("mamba_ssm") is not None
+
+
 def why_not(device: torch.device) -> str | None:
     """Why fla's models cannot compute on `device`, or None."""
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and not interpreted():
         return "their Triton kernels need a GPU"
     return None
 

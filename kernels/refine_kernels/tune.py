@@ -70,5 +70,5 @@ def _run(shape: Shape) -> None:
     start = torch.zeros(B, H, shape.keys, shape.values, device="cuda").requires_grad_()
     for state in (None, start):
         rule = delta_rule(*inputs, state, g_BTH=g, boundaries=True, impl="fused")
-        assert rule.boundaries_BGHKV is not None
-        (rule.outputs_BTHV.float().sum() + rule.state_BHKV.sum() + rule.boundaries_BGHKV.float().sum()).backward()
+        assert rule.boundaries_BNHKV is not None
+        (rule.outputs_BTHV.float().sum() + rule.state_BHKV.sum() + rule.boundaries_BNHKV.float().sum()).backward()

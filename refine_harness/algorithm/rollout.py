@@ -13,6 +13,7 @@ from torch import Tensor
 
 from refine_harness.config import Algorithm
 from refine_harness.models.base import FastWeightLM
+from refine_harness.models.decode import Decoder
 from refine_harness.models.state import State
 
 
@@ -29,16 +30,16 @@ def continue_from(
 
     Returns int64 [R, K].
     """
-    tokens_R1: list[Tensor] = []
+    decoder = Decoder(model, states)
+    tokens: list[Tensor] = []
     for uniforms_R in uniforms_RK.unbind(1):
-        if tokens_R1:
-            reading = model.read(tokens_R1[-1], states, forkable=False)
-            states, hidden_RD = reading.state, reading.hidden[:, 0]
+        if tokens:
+            hidden_RD = decoder.step(tokens[-1])
         logits_RV = model.logits(hidden_RD)
         if algorithm.suppress_end and model.config.eos_token_id is not None:
             logits_RV = logits_RV.index_fill(1, _ends(model, logits_RV.device), -torch.inf)
-        tokens_R1.append(sample(logits_RV, uniforms_R, algorithm.temperature, algorithm.top_p)[:, None])
-    return torch.cat(tokens_R1, 1)
+        tokens.append(sample(logits_RV, uniforms_R, algorithm.temperature, algorithm.top_p))
+    return torch.stack(tokens, 1)
 
 
 def sample(logits_RV: Tensor, uniforms_R: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:

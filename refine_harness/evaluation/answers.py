@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refine_harness.models.decode import Decoder
+
 _HEAD_ROWS = 1024
 """Positions whose logits are in memory at once while continuations are scored."""
 
@@ -76,25 +78,28 @@ class Answerer:
         stops = [_Stops(self.tokenizer, self.end_ids, decoding) for decoding in decodings]
         samplers = [_Sampler(decoding, self.device) for decoding in decodings]
         state, logits_BV = self._read([prompts[i] for i in order])
-        alive = order
-        while alive:
+        decoder = Decoder(self.model, state)
+        alive: list[int | None] = list(order)
+        while True:
             tokens = logits_BV.argmax(-1).tolist()
             going: list[int] = []
             for row, i in enumerate(alive):
+                if i is None:
+                    continue
                 forbidden = stops[i].token_ids if len(answers[i]) < decodings[i].min_tokens else ()
                 if forbidden or decodings[i].temperature:
                     tokens[row] = samplers[i].pick(logits_BV[row], forbidden)
                 texts[i] = stops[i].text_if_ended(answers[i], tokens[row])
                 if texts[i] is None:
                     going.append(row)
+                else:
+                    alive[row] = None
             if not going:
                 break
-            if len(going) < len(alive):
-                state = state.select(torch.tensor(going, device=self.device))
-                alive = [alive[row] for row in going]
-            tokens_B1 = torch.tensor([[tokens[row]] for row in going], device=self.device)
-            reading = self.model.read(tokens_B1, state=state, forkable=False)
-            state, logits_BV = reading.state, self._logits(reading.hidden[:, -1])
+            if len(going) <= len(alive) // 2:  # rows that ended read on unheard until it pays to leave them behind
+                decoder = Decoder(self.model, decoder.state.select(going))
+                alive, tokens = [alive[row] for row in going], [tokens[row] for row in going]
+            logits_BV = self._logits(decoder.step(torch.tensor(tokens, device=self.device)))
         return [Answer(text or "", tuple(tokens)) for text, tokens in zip(texts, answers, strict=True)]
 
     @torch.no_grad()

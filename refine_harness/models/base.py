@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from refine_kernels import linear_head
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -141,6 +143,9 @@ class FastWeightLM(PreTrainedModel):
     host_rows: ClassVar[bool] = False
     """Whether the layers need `Rows.seen` and `Rows.lengths`, which cost a wait for the device where there are any."""
 
+    fixed_state: bool = True
+    """Whether a state's shapes are the same after any text; a subclass or a model of which that is not true says so."""
+
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any]
 
@@ -188,6 +193,8 @@ class FastWeightLM(PreTrainedModel):
             if tape is not None:
                 tapes.append(tape)
         after = State(tuple(states), rows.seen_B + (rows.T if lengths is None else lengths))
+        if rows.seen is not None and rows.lengths is not None:
+            after.assume_seen(tuple(a + b for a, b in zip(rows.seen, rows.lengths, strict=True)))
         return Reading(self.final_norm(x_BTD), after, self, tuple(tapes) if forkable else None, rows.seen_B)
 
     def _rows(self, tokens_BT: Tensor, state: State | None, lengths_B: Tensor | None) -> Rows:
@@ -202,6 +209,17 @@ class FastWeightLM(PreTrainedModel):
     def _checkpointed(self, layer: FastWeightLayer) -> Callable[..., Any]:
         """The layer, its activations made again in the backward pass instead of stored."""
         return lambda *arguments: self._gradient_checkpointing_func(layer.__call__, *arguments)
+
+    def ordinary_step(self, seen: Sequence[int]) -> bool:
+        """Whether reading one more token is the same sequence of operations as for most tokens.
+
+        seen: tokens that each row has read. LaCT's is not where a row's chunk is full and updates the fast weights.
+        """
+        return True
+
+    def ordinary_place(self, rows: int) -> tuple[int, ...]:
+        """Tokens read by each of so many rows such that the next step is an ordinary one."""
+        return (1,) * rows
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [..., V] of hidden states [..., D] after the final norm."""
@@ -220,12 +238,19 @@ class FastWeightLM(PreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cu_seqlens: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """`read` with transformers' names. A mask may pad on either side; padding never enters the state.
 
-        labels: int64 [B, T], shifted here; -100 is left out. logits_to_keep: as in transformers.
+        Args:
+            labels: int64 [B, T], shifted here; -100 is left out.
+            logits_to_keep: as in transformers.
+            cu_seqlens: int [N + 1], where each of N texts starts in the one row of `input_ids`, and its end, as in fla.
+                Each text is read alone; the cache then has a row for each.
         """
+        if cu_seqlens is not None:
+            return self._forward_packed(input_ids, cu_seqlens, labels, logits_to_keep, use_cache, return_dict)
         T = input_ids.shape[1]
         lengths_B, shift_B = _padding(attention_mask, T)
         tokens_BT = input_ids if shift_B is None else _rolled(input_ids, shift_B)
@@ -236,6 +261,36 @@ class FastWeightLM(PreTrainedModel):
             forkable=False,
         )
         hidden_BTD = reading.hidden if shift_B is None else _rolled(reading.hidden, -shift_B)
+        return self._output(hidden_BTD, reading.state, labels, logits_to_keep, use_cache, return_dict)
+
+    def _forward_packed(
+        self, tokens_1M: Tensor, cu_seqlens: Tensor, labels_1M: Tensor | None, *options: Any
+    ) -> CausalLMOutputWithPast | tuple:
+        """Every text as a row of its own, and their outputs packed again."""
+        starts = cu_seqlens.tolist()
+        lengths = [stop - start for start, stop in pairwise(starts)]
+        if tokens_1M.shape[0] != 1 or min(lengths, default=0) < 1 or [starts[0], starts[-1]] != [0, tokens_1M.shape[1]]:
+            raise ValueError(
+                f"cu_seqlens {starts} do not cut one row of {tokens_1M.shape[1]} tokens into texts (input_ids have "
+                f"{tokens_1M.shape[0]} rows); give 0, the end of each text in order, and the number of tokens."
+            )
+        rows = pad_sequence(tokens_1M[0].split(lengths), batch_first=True)
+        reading = self.read(rows, lengths=torch.tensor(lengths, device=rows.device), forkable=False)
+        hidden_1MD = torch.cat([x[:n] for x, n in zip(reading.hidden, lengths, strict=True)])[None]
+        if labels_1M is not None:  # the first token of a text follows nothing
+            labels_1M = labels_1M.clone()
+            labels_1M[0, starts[1:-1]] = -100
+        return self._output(hidden_1MD, reading.state, labels_1M, *options)
+
+    def _output(
+        self,
+        hidden_BTD: Tensor,
+        state: State,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        use_cache: bool | None,
+        return_dict: bool | None,
+    ) -> CausalLMOutputWithPast | tuple:
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.logits(hidden_BTD[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else keep])
         loss = None
@@ -244,7 +299,7 @@ class FastWeightLM(PreTrainedModel):
             loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).to(wide), labels[:, 1:].reshape(-1))
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and not self.training
-        cache = StateCache(reading.state) if use_cache else None
+        cache = StateCache(state) if use_cache else None
         if return_dict is False:
             return tuple(part for part in (loss, logits, cache) if part is not None)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # pyright: ignore[reportArgumentType]

@@ -19,14 +19,19 @@ from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import cached_file
 
 from refine_harness.errors import ModelError, RunError, suggest
+from refine_harness.models.adapter import adapted_classes, check_device
 from refine_harness.models.base import FastWeightLM
 from refine_harness.models.deltanet import DeltaNetConfig, DeltaNetForCausalLM
+from refine_harness.models.gated_deltanet import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+from refine_harness.models.lact import LaCTForCausalLM, LaCTSWIGLUConfig
 
 EMBEDDED = "refine-tiny"
 """The base checkpoint in the package."""
 
 MODELS: dict[str, tuple[type[PretrainedConfig], type[FastWeightLM]]] = {
     DeltaNetConfig.model_type: (DeltaNetConfig, DeltaNetForCausalLM),
+    GatedDeltaNetConfig.model_type: (GatedDeltaNetConfig, GatedDeltaNetForCausalLM),
+    LaCTSWIGLUConfig.model_type: (LaCTSWIGLUConfig, LaCTForCausalLM),
 }
 """model_type in a config.json -> our classes."""
 
@@ -55,7 +60,7 @@ def resolve_model(name: str | Path) -> str:
 
 
 def load_config(name: str | Path) -> PretrainedConfig:
-    """The config of a model in one of the supported families. Raises ModelError."""
+    """The config of a model, native here or flash-linear-attention's. Raises ModelError."""
     source = resolve_model(name)
     try:
         path = cached_file(source, CONFIG_NAME)
@@ -65,12 +70,23 @@ def load_config(name: str | Path) -> PretrainedConfig:
         ) from None
     tree = read_json(Path(str(path)))
     kind = tree.get("model_type")
-    if kind not in MODELS:
-        raise ModelError(f"{name} is of model_type {kind!r}; this version reads {', '.join(MODELS)}.")
+    settings, _ = _family(name, kind)
     try:
-        return MODELS[kind][0].from_dict(tree)
+        return settings.from_dict(tree)
     except (TypeError, ValueError) as error:
         raise ModelError(f"config.json of {name} does not describe a {kind} model ({_first_line(error)}).") from None
+
+
+def _family(name: str | Path, kind: Any) -> tuple[type[PretrainedConfig], type[FastWeightLM]]:
+    """Our classes for a model_type, or flash-linear-attention's under our contract. Raises ModelError."""
+    if kind in MODELS:
+        return MODELS[kind]
+    try:
+        return adapted_classes(kind)
+    except ModelError as error:
+        raise ModelError(
+            f"{name} is of model_type {kind!r}; this version reads {', '.join(MODELS)} itself, and {error}"
+        ) from None
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -102,6 +118,8 @@ def load_model(
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     config = load_config(name)
+    if config.model_type not in MODELS:
+        check_device(config.model_type, device)
     tokenizer = load_tokenizer(name)
     _check_tokenizer(name, config, tokenizer)
     model = _load_weights(name, config, dtype)
@@ -133,7 +151,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 def _load_weights(name: str | Path, config: PretrainedConfig, dtype: torch.dtype) -> FastWeightLM:
     source = resolve_model(name)
-    kind = MODELS[config.model_type][1]
+    _, kind = _family(name, config.model_type)
     try:
         with _silence():
             loaded: Any = kind.from_pretrained(
@@ -213,9 +231,7 @@ def create_model(config: str | Path, tokenizer: str | Path, out: str | Path, *, 
     """
     tree = read_json(Path(config))
     kind = tree.get("model_type")
-    if kind not in MODELS:
-        raise ModelError(f"{config} is of model_type {kind!r}; this version makes {', '.join(MODELS)}.")
-    settings, family = MODELS[kind]
+    settings, family = _family(config, kind)
     try:
         described = settings.from_dict(tree)
     except (TypeError, ValueError) as error:

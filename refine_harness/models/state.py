@@ -1,7 +1,9 @@
 """The state of a fast-weight model as a value: it can be repeated, selected, detached, moved, saved and read on from.
 
 A state holds one dictionary of tensors per layer; the first dimension of every tensor is the row (one row per
-text that was read). What the tensors are is the layer's business.
+text that was read). What the tensors are is the layer's business, but for one thing: where rows of one model can have
+tensors of different size, it is the second dimension that differs, and it is a history aligned to the right: the last
+entry belongs to the last token read, and zeros in front are room that the row has not filled.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,8 +37,12 @@ class State:
 
     @cached_property
     def seen(self) -> tuple[int, ...]:
-        """`seen_R` on the host."""
+        """`seen_R` on the host; asking waits for the device."""
         return tuple(self.seen_R.tolist())
+
+    def assume_seen(self, seen: tuple[int, ...]) -> None:
+        """Tell what `seen` is, so that nobody asks the device."""
+        self.__dict__["seen"] = seen
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> State:
         return State(
@@ -67,11 +74,10 @@ class State:
 
     @staticmethod
     def cat(states: Sequence[State]) -> State:
-        """The rows of several states of one model, one after another."""
+        """The rows of several states of one model, one after another; shorter histories get zeros in front."""
         first = states[0]
         layers = tuple(
-            {name: torch.cat([s.layers[i][name] for s in states]) for name in layer}
-            for i, layer in enumerate(first.layers)
+            {name: _cat([s.layers[i][name] for s in states]) for name in layer} for i, layer in enumerate(first.layers)
         )
         return State(layers, torch.cat([s.seen_R for s in states]))
 
@@ -105,3 +111,10 @@ class State:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise DataError(f"{path} is not a saved state ({error}). Give a file that State.save wrote.") from None
         return State(tuple(layers), seen_R)
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    if len({x.shape[1:] for x in tensors}) > 1:
+        longest = max(x.shape[1] for x in tensors)
+        tensors = [F.pad(x, (0, 0) * (x.dim() - 2) + (longest - x.shape[1], 0)) for x in tensors]
+    return torch.cat(tensors)

@@ -70,7 +70,7 @@ def test_boundaries_are_the_states_on_the_grid(T, kind):
     args = inputs(T, **KINDS[kind])
     rule = run(args, boundaries=True)
     _, states = token_by_token(*args)
-    grid = rule.boundaries_BGHKV
+    grid = rule.boundaries_BNHKV
     assert grid is not None
     for n in range(grid.shape[1]):
         assert_close(grid[:, n], states[min(n * rule.stride, T)])

@@ -10,6 +10,7 @@ from refine_kernels.testing import assert_close
 from refine_harness.errors import DataError
 from refine_harness.models import State
 
+from .checks import probe, same_gradients
 from .tiny import MODELS, build, tokens
 
 EACH = [(name, T) for name, tiny in MODELS.items() for T in tiny.lengths]
@@ -22,23 +23,13 @@ def model(request):
     return build(request.param)
 
 
-def gradients(model, loss):
-    """Of every parameter; zeros where the loss does not depend on it."""
-    model.zero_grad()
-    loss.backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
-
-
-def same_gradients(model, got, want):
-    a, b = gradients(model, got), gradients(model, want)
-    for name in a:
-        assert_close(a[name], b[name], name)
-
-
-def probe(hidden, seed=1):
-    """A loss that no symmetry makes blind."""
-    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=hidden.dtype)
-    return (hidden * weights).sum() + (hidden**3 * weights.flip(-1)).sum()
+def same_states(got, want):
+    """Equal row by row, whatever room their histories have."""
+    both, n = State.cat([got, want]), len(got)
+    for i, layer in enumerate(both.layers):
+        for name, x in layer.items():
+            assert_close(x[:n], x[n:], f"layer {i} {name}")
+    assert both.seen_R[:n].tolist() == both.seen_R[n:].tolist()
 
 
 @each_length
@@ -81,9 +72,8 @@ def test_pieces_are_the_whole(model, T):
     whole = model.read(text)
     got = torch.cat(pieces, 1)
     assert_close(got, whole.hidden)
-    for name, x in state.layers[1].items():
-        assert_close(x, whole.state.layers[1][name], name)
-    assert state.seen_R.tolist() == whole.state.seen_R.tolist() == [T]
+    same_states(state, whole.state)
+    assert state.seen_R.tolist() == [T]
     same_gradients(model, probe(model.logits(got)), probe(model.logits(whole.hidden)))
 
 
@@ -95,9 +85,7 @@ def test_a_padded_row_is_the_row_alone(model, T):
     lengths = torch.tensor([T, longest])
     padded, alone = model.read(batch, lengths=lengths), model.read(batch[:1, :T])
     assert_close(padded.hidden[:1, :T], alone.hidden)
-    for layer, want in zip(padded.state.layers, alone.state.layers, strict=True):
-        for name in layer:
-            assert_close(layer[name][:1], want[name], name)
+    same_states(padded.state.select([0]), alone.state)
     assert padded.state.seen_R.tolist() == [T, longest]
     after = tokens(1, 3, seed=4)
     got = model.read(after, padded.state.select([0])).hidden
@@ -114,9 +102,7 @@ def test_position_minus_one_is_the_state_before_the_reading(model):
     first = model.read(tokens(1, 30))
     second = model.read(tokens(1, 20, seed=3), first.state)
     fork = second.states_at(torch.tensor([[-1]]))
-    for layer, want in zip(fork.layers, first.state.layers, strict=True):
-        for name in layer:
-            assert_close(layer[name], want[name], name)
+    same_states(fork, first.state)
     assert fork.seen_R.tolist() == [30]
 
 
@@ -182,3 +168,22 @@ def test_loss_with_labels_is_the_shifted_cross_entropy(model):
     out = model(text, labels=labels)
     logprobs = out.logits.log_softmax(-1)[:, 9:-1].gather(-1, text[:, 10:, None])
     assert_close(out.loss, -logprobs.mean())
+
+
+@each_model
+def test_packed_texts_are_each_text_alone(model):
+    lengths = [1, 70, 33]
+    texts = [tokens(1, n, seed=n) for n in lengths]
+    packed, starts = torch.cat(texts, 1), torch.tensor([0, 1, 71, 104])
+    out = model(packed, cu_seqlens=starts, labels=packed, use_cache=True)
+    alone = [model(text, use_cache=True) for text in texts]
+    assert_close(out.logits, torch.cat([x.logits for x in alone], 1))
+    want = torch.cat([x.logits[0, :-1].log_softmax(-1) for x in alone]).gather(
+        -1, torch.cat([t[0, 1:] for t in texts])[:, None]
+    )
+    assert_close(out.loss, -want.mean())
+    same_gradients(model, out.loss, -want.mean())
+    for i, x in enumerate(alone):
+        same_states(out.past_key_values.state.select([i]), x.past_key_values.state)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        model(packed, cu_seqlens=torch.tensor([0, 5]))

@@ -77,7 +77,7 @@ def broken(folder, what):
     elif what == "another family":
         edit(folder, model_type="gpt2")
     elif what == "an option that is not built":
-        edit(folder, use_gate=True)
+        edit(folder, use_l2warp=True)
     elif what == "other sizes":
         edit(folder, hidden_size=32)
     elif what == "more layers":
@@ -110,7 +110,7 @@ def broken(folder, what):
         ("no config", "holds no config.json"),
         ("config not JSON", "cannot be read as JSON"),
         ("another family", "model_type 'gpt2'"),
-        ("an option that is not built", "use_gate=True"),
+        ("an option that is not built", "use_l2warp=True"),
         ("other sizes", "do not fit its config.json"),
         ("more layers", "missing keys"),
         ("a cut file", "cannot be read"),

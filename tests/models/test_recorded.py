@@ -19,6 +19,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+ROUNDED = {"lact_swiglu": ("lr_proj", "momentum_proj")}
+"""By model type, modules whose outputs the recorded code rounds to float32 in whatever precision it runs."""
+
+
 def off(got, want):
     """Largest difference over the largest value."""
     got, want = np.asarray(got.detach()), np.asarray(want)
@@ -29,6 +33,9 @@ def test_recorded_values_are_reproduced():
     assert CHECKPOINT is not None
     assert VALUES is not None
     model, _ = load_model(CHECKPOINT, dtype="float64")
+    for name, module in model.named_modules():
+        if name.endswith(ROUNDED.get(model.config.model_type, ())):
+            module.register_forward_hook(lambda _, __, output: output.float())
     recorded = np.load(VALUES, allow_pickle=False)
     parameters = dict(model.named_parameters())
     checked = set()

@@ -1,0 +1,427 @@
+"""LaCT (Zhang et al., "Test-Time Training Done Right", arXiv 2505.23884) with the published parameter and config names.
+
+A layer adds two readings of the same queries, keys and values: attention to a sliding window, and fast weights that
+change once per chunk of tokens. Checkpoints of the published code load unchanged, and what is saved here loads there.
+
+    D hidden size   A attention heads, I channels of each   H fast-weight heads, K channels of each
+    L tokens of a chunk   W window of attention   X learning rates of a token and head
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from refine_kernels import last_inputs, window_attention
+from refine_kernels.lact import Chunk, FastWeights, LaCT, Place, Weights, lact, row_norms
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from refine_harness.errors import ModelError
+from refine_harness.models.base import FastWeightLayer, Rows, Tape
+from refine_harness.models.modules import CausalLM, GatedMLP, RMSNorm, rotary
+
+HEAD_NORM_EPS = 1e-5
+"""Of the norms inside a layer: fla's default, which the published code leaves as it is."""
+UNIT_EPS = 1e-5
+RATE_BIAS = 0.001 + math.log(-math.expm1(-0.001))
+"""softplus of it is 0.001, the learning rate of a projection that says nothing."""
+
+
+class LaCTSWIGLUConfig(PretrainedConfig):
+    """The published settings, names and defaults. Options of fused kernels are kept; what they change is said."""
+
+    model_type = "lact_swiglu"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_hidden_layers: int = 24,
+        num_attn_heads: int = 32,
+        num_lact_heads: int = 4,
+        inter_multi: float = 1,
+        qkv_bias: bool = False,
+        attn_qk_norm: bool = False,
+        lact_chunk_size: int = 2048,
+        use_muon: bool = False,
+        lr_dim: int = 1,
+        qkv_silu: bool = True,
+        no_v_silu: bool = False,
+        lr_parameterization: str = "mamba",
+        learnable_ttt_scale: bool = True,
+        use_momentum: bool = True,
+        ttt_loss_type: str = "dot_product",
+        ttt_prenorm: bool = False,
+        ttt_nope: bool = False,
+        w0_w2_low_rank: int = -1,
+        window_size: int = 2048,
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int = 2048,
+        hidden_ratio: int | None = 4,
+        intermediate_size: int | None = None,
+        hidden_act: str = "swish",
+        initializer_range: float = 0.006,
+        elementwise_affine: bool = True,
+        norm_eps: float = 1e-6,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int = 1,
+        eos_token_id: int = 2,
+        tie_word_embeddings: bool = False,
+        fuse_norm: bool = True,
+        last_layer_fuse_norm: bool = True,
+        fuse_swiglu: bool = True,
+        fuse_cross_entropy: bool = True,
+        vocab_size: int = 32000,
+        fw_init_gain: float = 0.5,
+        use_fused_kernel: bool = False,
+        fp32_states: bool = False,
+        **kwargs: Any,
+    ):
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attn_heads = num_attn_heads
+        self.num_lact_heads = num_lact_heads
+        self.inter_multi = inter_multi
+        self.qkv_bias = qkv_bias
+        self.attn_qk_norm = attn_qk_norm
+        self.lact_chunk_size = lact_chunk_size
+        self.use_muon = use_muon
+        self.lr_dim = lr_dim
+        self.qkv_silu = qkv_silu
+        self.no_v_silu = no_v_silu
+        self.lr_parameterization = lr_parameterization
+        self.learnable_ttt_scale = learnable_ttt_scale
+        self.use_momentum = use_momentum
+        self.ttt_loss_type = ttt_loss_type
+        self.ttt_prenorm = ttt_prenorm
+        self.ttt_nope = ttt_nope
+        self.w0_w2_low_rank = w0_w2_low_rank
+        self.window_size = window_size
+        self.rope_theta = rope_theta
+        self.max_position_embeddings = max_position_embeddings
+        self.hidden_ratio = hidden_ratio
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.initializer_range = initializer_range
+        self.elementwise_affine = elementwise_affine
+        self.norm_eps = norm_eps
+        self.use_cache = use_cache
+        self.fuse_norm = fuse_norm
+        self.last_layer_fuse_norm = last_layer_fuse_norm
+        self.fuse_swiglu = fuse_swiglu
+        self.fuse_cross_entropy = fuse_cross_entropy
+        self.vocab_size = vocab_size
+        self.fw_init_gain = fw_init_gain
+        self.use_fused_kernel = use_fused_kernel
+        self.fp32_states = fp32_states
+        super().__init__(
+            **{
+                "pad_token_id": pad_token_id,
+                "bos_token_id": bos_token_id,
+                "eos_token_id": eos_token_id,
+                "tie_word_embeddings": tie_word_embeddings,
+                **kwargs,
+            }
+        )
+
+
+_BUILT: dict[str, tuple[Any, ...]] = {
+    "lr_parameterization": ("mamba",),
+    "ttt_loss_type": ("dot_product",),
+    "hidden_act": ("swish", "silu"),
+    "elementwise_affine": (True,),
+}
+"""Options that change what is computed, and the values that are known."""
+
+
+def check_config(config: LaCTSWIGLUConfig) -> None:
+    """Raise ModelError for an option whose meaning is not known or a size that does not divide."""
+    for option, built in _BUILT.items():
+        value = getattr(config, option)
+        if value not in built:
+            allowed = " or ".join(repr(x) for x in built)
+            raise ModelError(f"the model's config has {option}={value!r}; this version supports {allowed}.")
+    for option in ("lact_chunk_size", "window_size"):
+        value = getattr(config, option)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(
+                f"the model's config has {option}={value!r}; expected a whole number of tokens, 1 or more."
+            )
+    D = config.hidden_size
+    for option, channels in (("num_attn_heads", "an even number of"), ("num_lact_heads", "the same number of")):
+        heads = getattr(config, option)
+        if heads < 1 or D % heads or (option == "num_attn_heads" and D // heads % 2):
+            raise ModelError(
+                f"the model's config has hidden_size={D} and {option}={heads}; each head must have {channels} channels."
+            )
+    K = D // config.num_lact_heads
+    inner = int(K * config.inter_multi)
+    if config.lr_dim != 1 and not config.lr_dim == inner == K:
+        raise ModelError(
+            f"the model's config has lr_dim={config.lr_dim}; this version supports 1 learning rate per head"
+            f"{f' or {K}, one per channel' if inner == K else ''}."
+        )
+
+
+class LowRank(nn.Module):
+    """An initial fast weight per head: a product of two thin matrices, and half the identity."""
+
+    def __init__(self, heads: int, rows: int, columns: int, rank: int, gain: float):
+        super().__init__()
+        self.gain = gain
+        self.w_left = nn.Parameter(torch.empty(heads, rows, rank))
+        self.w_right = nn.Parameter(torch.empty(heads, rank, columns))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As published: each factor normal, with a deviation of gain over the root of its own columns' count."""
+        nn.init.normal_(self.w_left, std=self.gain * self.w_left.shape[-1] ** -0.5)
+        nn.init.normal_(self.w_right, std=self.gain * self.w_right.shape[-1] ** -0.5)
+
+    def forward(self) -> Tensor:
+        """[H, rows, columns]."""
+        w = self.w_left @ self.w_right
+        return w + 0.5 * torch.eye(*w.shape[-2:], device=w.device, dtype=w.dtype)
+
+
+class LaCTMixer(nn.Module):
+    """The token mixer: attention to a window plus a reading of the fast weights."""
+
+    def __init__(self, config: LaCTSWIGLUConfig):
+        super().__init__()
+        self.config = config
+        D, H = config.hidden_size, config.num_lact_heads
+        K = D // H
+        M, rank = int(K * config.inter_multi), config.w0_w2_low_rank
+        self.qkv = nn.Linear(D, 3 * D, bias=config.qkv_bias)
+        if config.attn_qk_norm:
+            self.q_norm = RMSNorm(D, HEAD_NORM_EPS)
+            self.k_norm = RMSNorm(D, HEAD_NORM_EPS)
+        self.o_proj = nn.Linear(D, D, bias=False)
+        if rank > 0:
+            self.w0 = LowRank(H, M, K, rank, config.fw_init_gain)
+            self.w2 = LowRank(H, M, K, rank, config.fw_init_gain)
+        else:
+            self.w0 = nn.Parameter(torch.empty(H, M, K))
+            self.w2 = nn.Parameter(torch.empty(H, M, K))
+        self.w1 = nn.Parameter(torch.empty(H, K, M))
+        self.lr_proj = nn.Linear(D, 3 * config.lr_dim * H)
+        self.qk_scale = nn.Parameter(torch.empty(D, 2))
+        self.qk_offset = nn.Parameter(torch.empty(D, 2))
+        if config.learnable_ttt_scale:
+            self.ttt_scale_proj = nn.Linear(D, H)
+        self.ttt_norm = RMSNorm(K, HEAD_NORM_EPS)
+        if config.use_momentum:
+            self.momentum_proj = nn.Sequential(nn.Linear(D, H), nn.Sigmoid())
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What no submodule initialises: the fast weights, and scales and offsets that do nothing."""
+        nn.init.ones_(self.qk_scale)
+        nn.init.zeros_(self.qk_offset)
+        for w in (self.w0, self.w1, self.w2):
+            if isinstance(w, nn.Parameter):
+                nn.init.normal_(w, std=w.shape[-1] ** -0.5)
+
+    def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
+        """See `FastWeightLayer.forward`.
+
+        State: the fast weights and what their updates carry along, the unfinished chunk in buffers of L tokens, and
+        the last W - 1 keys and values of attention, right-aligned. Its shapes are the same after any text.
+        """
+        B, T, D = x_BTD.shape
+        qkv_BT3D = self.qkv(x_BTD).view(B, T, 3, D)
+        qk_BT2D, v_BTD = qkv_BT3D[:, :, :2], qkv_BT3D[:, :, 2]
+        if self.config.attn_qk_norm:
+            qk_BT2D = torch.stack((self.q_norm(qk_BT2D[:, :, 0]), self.k_norm(qk_BT2D[:, :, 1])), 2)
+        attended_BTD, window, tape = self._attend(qk_BT2D, v_BTD, state, rows)
+        read = self._read_fast_weights(x_BTD, qk_BT2D, v_BTD, state, rows, forkable)
+        fast_BTHK = self.ttt_norm(read.outputs_BTHV)
+        if self.config.learnable_ttt_scale:
+            fast_BTHK = fast_BTHK * F.silu(self.ttt_scale_proj(x_BTD))[..., None]
+        y_BTD = self.o_proj(attended_BTD + fast_BTHK.flatten(2))
+        after = {**_as_tensors(read.fast, read.unfinished), **window}
+        return y_BTD, after, {"read": read, "before": state, **tape} if forkable else None
+
+    def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
+        """The weights of the chunks completed so far, the tokens since, and the window: all of it is on the tape."""
+        read: LaCT = tape["read"]
+        return {**_as_tensors(*read.state_at(positions_BC)), **self._window_at(tape, tape["before"], positions_BC)}
+
+    def _attend(
+        self, qk_BT2D: Tensor, v_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Outputs [B, T, D], the window after the real tokens, and this reading's own keys and values."""
+        W = self.config.window_size
+        q_BTAI, k_BTAI = self._rotated(qk_BT2D, rows).unbind(2)
+        own = {"window_keys": k_BTAI.flatten(2), "window_values": v_BTD}
+        past = None if state is None else {name: torch.cat((state[name], x), 1) for name, x in own.items()}
+        k_BSAI, v_BSAI = (x.unflatten(-1, q_BTAI.shape[2:]) for x in (past or own).values())
+        past_B = None if past is None else rows.seen_B.clamp(max=W - 1)
+        o_BTD = window_attention(q_BTAI, k_BSAI, v_BSAI, past_B, window=W).flatten(2)
+        if past is not None and rows.T == 1:
+            return o_BTD, {name: x[:, 1:] for name, x in past.items()}, own
+        return o_BTD, self._window_at(own, state, rows.ends_B1), own
+
+    def _window_at(self, own: Tape, before: dict[str, Tensor] | None, positions_BC: Tensor) -> dict[str, Tensor]:
+        """The last W - 1 keys and values up to each position, zeros before the text's start; B·C rows."""
+        return {
+            name: last_inputs(
+                own[name], None if before is None else before[name], positions_BC, self.config.window_size
+            )
+            for name in ("window_keys", "window_values")
+        }
+
+    def _read_fast_weights(
+        self,
+        x_BTD: Tensor,
+        qk_BT2D: Tensor,
+        v_BTD: Tensor,
+        state: dict[str, Tensor] | None,
+        rows: Rows,
+        forkable: bool,
+    ) -> LaCT:
+        """Each token's chunk read with the fast weights that the chunks before it left."""
+        B, T = x_BTD.shape[:2]
+        config, H = self.config, self.config.num_lact_heads
+        qk_BT2D = qk_BT2D * self.qk_scale.t() + self.qk_offset.t()
+        if config.qkv_silu:
+            qk_BT2D = F.silu(qk_BT2D)
+            v_BTD = v_BTD if config.no_v_silu else F.silu(v_BTD)
+        qk_BT2D = _unit(qk_BT2D.view(B, T, 2, H, -1)).flatten(3)
+        if not config.ttt_nope:
+            qk_BT2D = self._rotated(qk_BT2D, rows).flatten(3)
+        q_BTHK, k_BTHK = qk_BT2D.to(v_BTD.dtype).view(B, T, 2, H, -1).unbind(2)
+        rates_BTHX = F.softplus(_wide(self.lr_proj(x_BTD)) + RATE_BIAS).view(B, T, H, -1)
+        momentum_BTH = self.momentum_proj(x_BTD) if config.use_momentum else None
+        assert rows.seen is not None and rows.lengths is not None
+        return lact(
+            q_BTHK,
+            Chunk(k_BTHK, v_BTD.view(B, T, H, -1), rates_BTHX, momentum_BTH),
+            self._initial(B) if state is None else _fast_weights(state),
+            None if state is None else _unfinished(state),
+            Place(rows.seen_B, rows.seen, rows.lengths_B, rows.lengths),
+            chunk_size=config.lact_chunk_size,
+            muon=config.use_muon,
+            joint=config.use_fused_kernel,
+            boundaries=forkable,
+        )
+
+    def _rotated(self, qk_BT2D: Tensor, rows: Rows) -> Tensor:
+        """Queries and keys in attention's heads, turned by their places in the text: [B, T, 2, A, I]."""
+        B, T, _, D = qk_BT2D.shape
+        heads = self.config.num_attn_heads
+        turned = rotary(qk_BT2D.reshape(B, T, 2 * heads, D // heads), rows.positions_BT, self.config.rope_theta)
+        return turned.view(B, T, 2, heads, D // heads)
+
+    def _initial(self, B: int) -> FastWeights:
+        """The fast weights of B texts that begin here."""
+        with torch.autocast(self.w1.device.type, enabled=False):
+            w0, w1, w2 = (w() if isinstance(w, LowRank) else w for w in (self.w0, self.w1, self.w2))
+            if self.config.fp32_states:
+                w0, w1, w2 = _wide(w0), _wide(w1), _wide(w2)
+            norms = row_norms((w0, w1, w2))
+        return FastWeights(
+            _repeated((w0, w1, w2), B),
+            _repeated((w0, w1, w2), B) if self.config.ttt_prenorm else None,
+            _repeated((w0.new_zeros(w0.shape), w1.new_zeros(w1.shape), w2.new_zeros(w2.shape)), B)
+            if self.config.use_momentum
+            else None,
+            _repeated(norms, B),
+        )
+
+
+def _repeated(weights: Weights, B: int) -> Weights:
+    """B copies, each in memory of its own: a state must not change when the parameters do."""
+    w0, w1, w2 = (w.repeat(B, 1, 1, 1) for w in weights)
+    return w0, w1, w2
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x over its Euclidean norm along the last dimension, with the published epsilon; float32 or wider inside."""
+    wide = _wide(x)
+    return (wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + UNIT_EPS)).to(x.dtype)
+
+
+_PARTS = {"weights": "w", "main": "main", "momentum": "momentum", "norms": "norm"}
+"""Field of FastWeights -> start of the names of its three tensors in a state."""
+_TOKENS = ("keys", "values", "rates", "momenta")
+"""Names of the fields of Chunk in a state."""
+
+
+def _as_tensors(fast: FastWeights, unfinished: Chunk) -> dict[str, Tensor]:
+    """Both as the named tensors of a state."""
+    parts = zip(_PARTS.values(), fast, strict=True)
+    weights = {f"{name}{i}": w for name, part in parts if part is not None for i, w in enumerate(part)}
+    return weights | {name: x for name, x in zip(_TOKENS, unfinished, strict=True) if x is not None}
+
+
+def _fast_weights(state: dict[str, Tensor]) -> FastWeights:
+    def part(name: str) -> Weights:
+        return state[f"{name}0"], state[f"{name}1"], state[f"{name}2"]
+
+    return FastWeights(
+        part("w"),
+        part("main") if "main0" in state else None,
+        part("momentum") if "momentum0" in state else None,
+        part("norm"),
+    )
+
+
+def _unfinished(state: dict[str, Tensor]) -> Chunk:
+    return Chunk(state["keys"], state["values"], state["rates"], state.get("momenta"))
+
+
+class LaCTBlock(FastWeightLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: LaCTSWIGLUConfig):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = LaCTMixer(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
+        y_BTD, after, tape = self.attn(self.attn_norm(x_BTD), state, rows, forkable)
+        y_BTD, x_BTD = self.mlp_norm(y_BTD, x_BTD)
+        return x_BTD + self.mlp(y_BTD), after, tape
+
+    def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
+        return self.attn.fork(tape, positions_BC)
+
+
+class LaCTForCausalLM(CausalLM):
+    """LaCT with a language-model head."""
+
+    config_class = LaCTSWIGLUConfig
+    _no_split_modules: ClassVar = ["LaCTBlock"]
+    host_rows = True
+
+    def __init__(self, config: LaCTSWIGLUConfig):
+        check_config(config)
+        super().__init__(config)
+
+    def make_block(self, config: LaCTSWIGLUConfig, index: int) -> FastWeightLayer:
+        return LaCTBlock(config)
+
+    def ordinary_step(self, seen: Sequence[int]) -> bool:
+        return all(n == 0 or n % self.config.lact_chunk_size for n in seen)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LaCTMixer | LowRank):
+            module.reset_parameters()
