@@ -21,6 +21,9 @@ from typing import Any
 import torch
 
 SHIPPED = Path(__file__).resolve().parent / "tuned"
+searching = False
+"""Whether kernels are to search for themselves, among all their choices: for making a new file."""
+
 WRONG_ON_HOPPER = ((3, 4), (3, 7, 1))
 """From which Triton and before which one a kernel of the decayed backward is compiled wrongly on Hopper (fla's issue
 640); fla refuses to run it."""
@@ -54,7 +57,8 @@ def why_no_decay() -> str | None:
 def ops(name: str) -> ModuleType:
     """The module `fla.ops.<name>`, its kernels with their tuned choices."""
     module = importlib.import_module(f"fla.ops.{name}")
-    load_tuned()
+    if not searching:
+        load_tuned()
     return module
 
 

@@ -17,15 +17,14 @@ TOLERANCE: dict[torch.dtype, float] = {
 }
 """Largest ‖got - want‖ / ‖want‖, by the narrower of the two dtypes. CI and GPU runs use this one table."""
 
-MODEL_TOLERANCE: dict[str, float] = {
-    "hidden": 3e-2,
-    "logits": 3e-2,
-    "loss": 2e-3,
-    "gradient": 5e-2,
-    "worst gradient": 1e-1,
+MODEL_TOLERANCE: dict[str, dict[str, float]] = {
+    "bfloat16": {"hidden": 3e-2, "logits": 3e-2, "loss": 2e-3, "gradient": 5e-2, "worst gradient": 1e-1},
+    "bfloat16, Muon": {"hidden": 0.15, "logits": 0.15, "loss": 2e-3, "gradient": 0.3},
+    "float32": {"hidden": 1e-3, "logits": 1e-3, "loss": 1e-4, "gradient": 2e-2, "worst gradient": 1e-1},
 }
-"""The same for a whole model in bfloat16, where every layer adds its rounding: final hidden states, logits, mean loss,
-all gradients as one vector, and the parameter whose gradient is farthest off."""
+"""The same for a whole model, where every layer adds its rounding: final hidden states, logits, mean loss, all
+gradients as one vector, and the parameter whose gradient is farthest off. Newton-Schulz lifts small singular values
+together with their rounding errors, so that two ways through Muon in bfloat16, as published, differ by that much."""
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Choose tile sizes for a GPU that has no tuned file: run the kernels once at the shapes that matter, keep the choices."""
+"""Tile sizes for a GPU that has no tuned file: run the kernels once at the shapes that matter, keep the choices."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ def tune(shapes: tuple[Shape, ...] = COMMON, path: Path | None = None, say: Call
     if (reason := fla.why_not()) is not None:
         raise ImplementationError(f"there is nothing to tune: {reason}")
     path = path or fla.user_folder() / fla.file_name()
+    fla.searching = True
     for shape in shapes:
         if shape.decay and (reason := fla.why_no_decay()) is not None:
             say(f"{shape}: left out: {reason}")

@@ -264,7 +264,10 @@ class LaCTMixer(nn.Module):
         own = {"window_keys": k_BTAI.flatten(2), "window_values": v_BTD}
         past = None if state is None else {name: torch.cat((state[name], x), 1) for name, x in own.items()}
         k_BSAI, v_BSAI = (x.unflatten(-1, q_BTAI.shape[2:]) for x in (past or own).values())
-        past_B = None if past is None else rows.seen_B.clamp(max=W - 1)
+        assert rows.seen is not None
+        # One token is read by the same operations wherever the rows stand, so that it can be recorded as a graph.
+        full = past is None or (rows.T > 1 and min(rows.seen) >= W - 1)
+        past_B = None if full else rows.seen_B.clamp(max=W - 1)
         o_BTD = window_attention(q_BTAI, k_BSAI, v_BSAI, past_B, window=W).flatten(2)
         if past is not None and rows.T == 1:
             return o_BTD, {name: x[:, 1:] for name, x in past.items()}, own

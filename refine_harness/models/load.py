@@ -68,11 +68,10 @@ def load_config(name: str | Path) -> PretrainedConfig:
         raise ModelError(
             f"{name} is neither a model folder here nor a hub id that can be reached ({_first_line(error)})."
         ) from None
-    tree = read_json(Path(str(path)))
-    kind = tree.get("model_type")
+    kind = read_json(Path(str(path))).get("model_type")
     settings, _ = _family(name, kind)
     try:
-        return settings.from_dict(tree)
+        return settings.from_json_file(str(path))
     except (TypeError, ValueError) as error:
         raise ModelError(f"config.json of {name} does not describe a {kind} model ({_first_line(error)}).") from None
 
@@ -229,11 +228,10 @@ def create_model(config: str | Path, tokenizer: str | Path, out: str | Path, *, 
 
     Raises ModelError for a config or tokenizer that cannot be used, and RunError when `out` cannot be written.
     """
-    tree = read_json(Path(config))
-    kind = tree.get("model_type")
+    kind = read_json(Path(config)).get("model_type")
     settings, family = _family(config, kind)
     try:
-        described = settings.from_dict(tree)
+        described = settings.from_json_file(str(config))
     except (TypeError, ValueError) as error:
         raise ModelError(f"{config} does not describe a {kind} model ({_first_line(error)}).") from None
     words = load_tokenizer(tokenizer)

@@ -8,6 +8,7 @@ was read, with positions) or `window` (the last five tokens). Every layer ends i
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ def cache_class() -> type[Any]:
 class StandInConfig(PretrainedConfig):
     model_type = "stand_in"
 
-    def __init__(self, mixers=("linear", "linear"), hidden_size=8, num_heads=2, vocab_size=40, **kwargs):
-        self.mixers = list(mixers)
+    def __init__(
+        self, mixers=("linear", "linear"), hidden_size=8, num_heads=2, vocab_size=40, limits=(0.0, math.inf), **kwargs
+    ):
+        self.mixers, self.limits = list(mixers), limits
         self.hidden_size, self.num_heads, self.vocab_size = hidden_size, num_heads, vocab_size
         super().__init__(**{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": True, **kwargs})
 
@@ -63,8 +66,9 @@ class Linear(nn.Module):
         u_BTE = self.qkv_proj(x_BTD)
         conv_BEW = u_BTE.new_zeros(B, u_BTE.shape[-1], TAPS) if last is None else last["conv_state"][0]
         inputs_BES = torch.cat((conv_BEW, u_BTE.transpose(1, 2)), -1)
-        mixed_BTE = F.silu(sum(inputs_BES[..., j + 1 : j + 1 + T] * self.conv_weight[:, j, None] for j in range(TAPS)))
-        q, k, v = mixed_BTE.transpose(1, 2).view(B, T, 3, self.heads, -1).unbind(2)
+        windows_BETW = inputs_BES[..., 1:].unfold(-1, TAPS, 1)
+        mixed_BET = F.silu((windows_BETW * self.conv_weight[:, None]).sum(-1))
+        q, k, v = mixed_BET.transpose(1, 2).view(B, T, 3, self.heads, -1).unbind(2)
         decay_BTH = torch.sigmoid(self.a_proj(x_BTD) + 1)
         state_BHKV = q.new_zeros(B, self.heads, *2 * [q.shape[-1]]) if last is None else last["recurrent_state"]
         out = []

@@ -1,6 +1,7 @@
 """The adapter holds models with flash-linear-attention's conventions to the contract of ours, gradients included."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from refine_harness.data.tokenizer import train_tokenizer
 from refine_harness.errors import ModelError
 from refine_harness.evaluation.answers import Answerer, Decoding
 from refine_harness.models import State, adapter, load_model, load_tokenizer
-from refine_harness.models.adapter import ContinuingLM, RereadingLM, adapted, adapted_classes
+from refine_harness.models.adapter import ContinuingLM, RereadingLM, adapted
 from refine_harness.training.testtime import TestTimeTrainer
 from refine_harness.types import Batch
 
@@ -39,12 +40,11 @@ def _cache_of_fla(monkeypatch):
     monkeypatch.setattr(fla_models, "has_mamba_kernels", lambda: False)
 
 
-def build(name, **settings):
+def build(name: str, **settings: Any) -> Any:
     kind, mixers = KINDS[name]
     torch.manual_seed(0)
-    model = adapted(family(kind))
-    made = model(model.config_class(mixers=mixers, **settings))
-    return torch.nn.Module.to(made, torch.float64).eval()
+    model: Any = adapted(family(kind))
+    return model(model.config_class(mixers=mixers, **settings)).double().eval()
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_answers_and_scores_of_a_batch_are_those_of_each_prompt(name, tmp_path):
             logits = model.logits(model.read(torch.tensor([prompt + continuation])).hidden[0])
             logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
             want = logprobs.gather(-1, torch.tensor(continuation)[:, None]).sum()
-            assert abs(logprob - float(want)) < 1e-9
+            assert abs(logprob - want.item()) < 1e-9
 
 
 @each
@@ -226,7 +226,7 @@ def test_generate_agrees_with_and_without_cache_and_padding(model):
 def test_what_is_saved_is_the_wrapped_model(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [StandInForCausalLM.__name__]
-    wrapped = family(model.config.model_type)
+    wrapped: Any = family(model.config.model_type)
     stock, info = wrapped.from_pretrained(tmp_path, output_loading_info=True, dtype=torch.float64)
     assert type(stock) is wrapped
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -252,34 +252,48 @@ def test_a_part_of_a_cache_without_one_row_per_text_is_refused(monkeypatch):
         model.read(tokens(2, 3))
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_gradient_checkpointing_is_refused_where_it_would_drop_the_cache():
     with pytest.raises(ValueError, match="does not support"):
         build("recurrent").gradient_checkpointing_enable()
 
 
-def saved(tmp_path, kind):
-    model = build("recurrent")
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind}))
-    return tmp_path
-
-
-def test_a_cpu_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A stand-in for one of fla's models, saved with a tokenizer, on a machine where fla can be imported."""
     known = {"gla": (family("gla").config_class, family("gla"))}
     monkeypatch.setattr(fla_models, "causal_lms", lambda: known)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    build("recurrent", vocab_size=262).save_pretrained(tmp_path)
+    train_tokenizer(["a few words and more words"], 262, tmp_path)
+    return tmp_path
+
+
+def test_a_folder_loads_where_its_kernels_run(folder, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model, tokenizer = load_model(folder, dtype="float64")
+    assert isinstance(model, ContinuingLM)
+    assert model.config.limits == [0.0, float("inf")]
+    text = torch.tensor([tokenizer("a few words")["input_ids"]])
+    assert_close(model.read(text).hidden, build("recurrent", vocab_size=262).read(text).hidden)
+
+
+def test_a_cpu_is_refused_before_anything_is_loaded(folder):
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"^a gla model .* cannot run on cpu: .* GPU\. Use device=cuda"):
-        load_model(saved(tmp_path, "gla"))
-    assert adapted_classes("gla")[1] is adapted(family("gla"))
+        load_model(folder)
+
+
+def test_a_model_type_that_nobody_has_is_refused(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ModelError, match=r"model_type 'gpt2'; this version reads delta_net.* no such model either"):
-        load_model(saved(tmp_path, "gpt2"))
+        load_model(folder)
 
 
-def test_a_machine_without_triton_is_told_what_is_missing(tmp_path, monkeypatch):
+def test_a_machine_without_triton_is_told_what_is_missing(folder, monkeypatch):
     def missing():
         raise ImplementationError("flash-linear-attention cannot be imported (No module named 'triton')")
 
     monkeypatch.setattr(fla_models, "causal_lms", missing)
     with pytest.raises(ModelError, match=r"model_type 'gla'.*No module named 'triton'\)\. Install Triton"):
-        load_model(saved(tmp_path, "gla"))
+        load_model(folder)

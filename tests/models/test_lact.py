@@ -194,6 +194,16 @@ def test_every_fork_is_the_state_after_the_prefix(model, begun):
 
 
 @each_variant
+def test_token_by_token_the_states_are_those_of_one_reading(model):
+    text, state = tokens(2, 50), None
+    with torch.no_grad():
+        forks = model.read(text).states_at(torch.arange(50).expand(2, -1))
+        for t in range(50):
+            state = model.read(text[:, t : t + 1], state, forkable=False).state
+            states_equal(state, forks.select([t, t + 50]))
+
+
+@each_variant
 def test_rows_at_different_places_with_different_lengths_are_rows_alone(model):
     first, second = (3, 16, 30), (14, 1, 25)
     text = tokens(3, 60)
