@@ -238,7 +238,8 @@ def probe(model: FastWeightLM, way: Callable[[], Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     hidden = way()
     model.logits(hidden).float().log_softmax(-1)[..., 7].sum().backward()
-    gradient = torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+    grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())
+    gradient = torch.cat([x.flatten().double() for x in grads])
     return {"hidden": hidden.detach(), "gradient": gradient}
 
 

@@ -52,7 +52,7 @@ def build(kind: str) -> Any:
         made = model(config(**{**{k: v for k, v in SIZES.items() if k in known}, **KINDS[kind]}))
     with torch.no_grad():
         for p in made.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
+            p.add_(torch.randn_like(p) * 0.02)
     return made.to(DEVICE, DTYPE).eval()
 
 
