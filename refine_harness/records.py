@@ -482,10 +482,12 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _versions() -> dict[str, str]:
+    """Of what was imported, where it says so itself: another copy of a package may stand in front of the installed one."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
+        said = getattr(sys.modules.get(name.replace("-", "_")), "__version__", None)
         try:
-            found[name] = metadata.version(name)
+            found[name] = str(said) if said else metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     return found
