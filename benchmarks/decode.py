@@ -26,7 +26,7 @@ from refine_harness.models.state import State
 
 PIECE = 16384
 """Tokens that are read at once."""
-HIDDEN = MODEL_TOLERANCE["bfloat16, Muon"]["hidden"]
+HIDDEN = MODEL_TOLERANCE["bfloat16"]["hidden"]
 """Largest relative difference of hidden states between the two ways, in bfloat16."""
 
 

@@ -1,7 +1,8 @@
 """A next-token step of DeltaNet-1.3B at 16,384 tokens, ours beside stock flash-linear-attention: time and memory.
 
 Both run in one process on the same GPU with the same weights, dtype (bfloat16) and text, fla with its fused
-cross-entropy, turn and turn about. Before anything is timed, the gradients of both are compared.
+cross-entropy, turn and turn about. Before anything is timed, the gradients of both are compared, on two layers: in a
+deep stack of random ones rounding decides (`parity.py` compares trained weights).
 
     python benchmarks/ntp.py [--tokens 16384] [--documents 1] [--layers 24] [--repeats 7]
 """
@@ -42,20 +43,22 @@ def main() -> None:
     from refine_kernels.fla import load_tuned
 
     load_tuned()  # stock fla profits from the tuned choices too
-    shape = {**DELTANET_1B, "num_hidden_layers": asked.layers}
-    shape.pop("model_type")
-    torch.manual_seed(0)
-    ours = DeltaNetForCausalLM(DeltaNetConfig(**shape)).to("cuda", torch.bfloat16).train()
-    stock = StockModel(StockConfig(**shape)).to("cuda", torch.bfloat16).train()
-    stock.load_state_dict(ours.state_dict())
     text = torch.randint(3, 32000, (asked.documents, asked.tokens), generator=torch.Generator().manual_seed(0)).cuda()
     batch = Batch(text, torch.full((asked.documents,), asked.tokens, device="cuda"))
 
-    steps: dict[str, Callable[[], Any]] = {
-        "ours": lambda: our_step(ours, batch),
-        "stock": lambda: stock_step(stock, text),
-    }
-    worst, loss_error = compare(ours, stock, steps)
+    def pair(layers: int) -> tuple[Any, Any, dict[str, Callable[[], Any]]]:
+        shape = {**DELTANET_1B, "num_hidden_layers": layers}
+        shape.pop("model_type")
+        torch.manual_seed(0)
+        ours = DeltaNetForCausalLM(DeltaNetConfig(**shape)).to("cuda", torch.bfloat16).train()
+        stock = StockModel(StockConfig(**shape)).to("cuda", torch.bfloat16).train()
+        stock.load_state_dict(ours.state_dict())
+        return ours, stock, {"ours": lambda: our_step(ours, batch), "stock": lambda: stock_step(stock, text)}
+
+    worst, loss_error = compare(*pair(2))
+    ours, stock, steps = pair(asked.layers)
+    for step in steps.values():
+        step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks = {name: peak(steps[name], model) for name, model in (("ours", ours), ("stock", stock))}
     for _ in range(asked.repeats):

@@ -47,7 +47,7 @@ SHORT_ID = 12
 _PACKAGE = Path(__file__).resolve().parent
 _CODE = ("refine_harness", "kernels", "tasks", "configs", "pyproject.toml")
 """What a change of makes a checkout dirty: a result depends on these and on nothing else in it."""
-_PACKAGES = ("torch", "transformers", "lm_eval", "flash-linear-attention", "triton", "rapidfuzz", "refine-harness")
+_PACKAGES = ("torch", "transformers", "lm_eval", "flash-linear-attention", "triton", "refine-harness")
 
 
 def canonical_json(value: Any) -> str:
@@ -482,7 +482,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    """Of what was imported, where it says so itself: another copy of a package may stand in front of the installed one."""
+    """What was imported says itself, because it may stand in front of what is installed; else the installed one."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         said = getattr(sys.modules.get(name.replace("-", "_")), "__version__", None)

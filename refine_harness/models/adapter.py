@@ -36,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from refine_harness.errors import ModelError
-from refine_harness.models.base import FastWeightLM, Reading, Tape
+from refine_harness.models.base import FastWeightLM, Reading, Tape, uncompiled
 from refine_harness.models.state import State
 
 ONE_TOKEN_STEPS = frozenset({"mamba", "mamba2"})
@@ -127,6 +127,7 @@ class AdaptedLM(FastWeightLM):
     def embed(self, tokens_BT: Tensor) -> Tensor:
         return cast(Any, self.get_input_embeddings())(tokens_BT)
 
+    @uncompiled
     def read(
         self, tokens_BT: Tensor, state: State | None = None, lengths: Tensor | None = None, forkable: bool = True
     ) -> AdaptedReading:

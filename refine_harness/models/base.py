@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from refine_harness.models.state import State
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 Tape = dict[str, Any]
 """What a layer keeps of a reading to rebuild its state at any position."""
@@ -135,6 +137,15 @@ class StateCache:
         self.state = self.state.select(rows)
 
 
+def uncompiled(method: Method) -> Method:
+    """Leave a method as it is under torch.compile.
+
+    Operations choose their kernels as they run, which would break its graph into dozens of pieces, made again for
+    every length; and they are fused already.
+    """
+    return cast(Any, torch.compiler.disable)(method)
+
+
 class FastWeightLM(PreTrainedModel):
     """A causal language model whose memory of a prefix is a `State`."""
 
@@ -167,6 +178,7 @@ class FastWeightLM(PreTrainedModel):
         """The output embedding [V, D]."""
         raise NotImplementedError
 
+    @uncompiled
     def read(
         self,
         tokens_BT: Tensor,
@@ -274,7 +286,7 @@ class FastWeightLM(PreTrainedModel):
                 f"cu_seqlens {starts} do not cut one row of {tokens_1M.shape[1]} tokens into texts (input_ids have "
                 f"{tokens_1M.shape[0]} rows); give 0, the end of each text in order, and the number of tokens."
             )
-        rows = pad_sequence(tokens_1M[0].split(lengths), batch_first=True)
+        rows = pad_sequence(list(tokens_1M[0].split(lengths)), batch_first=True)
         reading = self.read(rows, lengths=torch.tensor(lengths, device=rows.device), forkable=False)
         hidden_1MD = torch.cat([x[:n] for x, n in zip(reading.hidden, lengths, strict=True)])[None]
         if labels_1M is not None:  # the first token of a text follows nothing

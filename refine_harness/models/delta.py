@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from refine_harness.errors import ModelError
 from refine_harness.models.attention import Attention, attention_specs
 from refine_harness.models.base import FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import CausalLM, GatedMLP, GatedRMSNorm, RMSNorm, ShortConvolution
+from refine_harness.models.modules import Block, CausalLM, GatedRMSNorm, RMSNorm, ShortConvolution
 
 
 class DeltaConfig(PretrainedConfig):
@@ -253,31 +253,8 @@ class DeltaMixer(FastWeightLayer):
         }
 
 
-class DeltaBlock(FastWeightLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x)); the mixer is a delta rule or, in a hybrid, softmax attention."""
-
-    def __init__(self, config: DeltaConfig, mixer: FastWeightLayer):
-        super().__init__()
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = mixer
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GatedMLP(config)
-
-    def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
-    ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
-        y_BTD, after, tape = self.attn(self.attn_norm(x_BTD), state, rows, forkable)
-        y_BTD, x_BTD = self.mlp_norm(y_BTD, x_BTD)
-        return x_BTD + self.mlp(y_BTD), after, tape
-
-    def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
-        return self.attn.fork(tape, positions_BC)
-
-
 class DeltaLM(CausalLM):
     """A stack of such blocks with a language-model head."""
-
-    _no_split_modules: ClassVar = ["DeltaBlock"]
 
     def __init__(self, config: DeltaConfig):
         check_options(config, _BUILT)
@@ -290,4 +267,4 @@ class DeltaLM(CausalLM):
 
     def make_block(self, config: DeltaConfig, index: int) -> FastWeightLayer:
         spec = attention_specs(config).get(index)
-        return DeltaBlock(config, self.make_mixer(config) if spec is None else Attention(config.hidden_size, spec))
+        return Block(config, self.make_mixer(config) if spec is None else Attention(config.hidden_size, spec))

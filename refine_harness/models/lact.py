@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from refine_harness.errors import ModelError
 from refine_harness.models.base import FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import CausalLM, GatedMLP, RMSNorm, rotary
+from refine_harness.models.modules import Block, CausalLM, RMSNorm, rotary
 
 HEAD_NORM_EPS = 1e-5
 """Of the norms inside a layer: fla's default, which the published code leaves as it is."""
@@ -189,7 +189,7 @@ class LowRank(nn.Module):
         return w + 0.5 * torch.eye(*w.shape[-2:], device=w.device, dtype=w.dtype)
 
 
-class LaCTMixer(nn.Module):
+class LaCTMixer(FastWeightLayer):
     """The token mixer: attention to a window plus a reading of the fast weights."""
 
     def __init__(self, config: LaCTSWIGLUConfig):
@@ -386,32 +386,10 @@ def _unfinished(state: dict[str, Tensor]) -> Chunk:
     return Chunk(state["keys"], state["values"], state["rates"], state.get("momenta"))
 
 
-class LaCTBlock(FastWeightLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: LaCTSWIGLUConfig):
-        super().__init__()
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn = LaCTMixer(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = GatedMLP(config)
-
-    def forward(
-        self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
-    ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
-        y_BTD, after, tape = self.attn(self.attn_norm(x_BTD), state, rows, forkable)
-        y_BTD, x_BTD = self.mlp_norm(y_BTD, x_BTD)
-        return x_BTD + self.mlp(y_BTD), after, tape
-
-    def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
-        return self.attn.fork(tape, positions_BC)
-
-
 class LaCTForCausalLM(CausalLM):
     """LaCT with a language-model head."""
 
     config_class = LaCTSWIGLUConfig
-    _no_split_modules: ClassVar = ["LaCTBlock"]
     host_rows = True
 
     def __init__(self, config: LaCTSWIGLUConfig):
@@ -419,7 +397,7 @@ class LaCTForCausalLM(CausalLM):
         super().__init__(config)
 
     def make_block(self, config: LaCTSWIGLUConfig, index: int) -> FastWeightLayer:
-        return LaCTBlock(config)
+        return Block(config, LaCTMixer(config))
 
     def ordinary_step(self, seen: Sequence[int]) -> bool:
         return all(n == 0 or n % self.config.lact_chunk_size for n in seen)

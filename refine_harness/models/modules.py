@@ -13,7 +13,7 @@ from refine_kernels import add_rms_norm, gated_rms_norm, rms_norm, swiglu, swigl
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from refine_harness.models.base import FastWeightLayer, FastWeightLM
+from refine_harness.models.base import FastWeightLayer, FastWeightLM, Rows, Tape
 
 
 class RMSNorm(nn.Module):
@@ -92,6 +92,27 @@ def rotary(x_BTHD: Tensor, positions_BT: Tensor, theta: float) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).to(x_BTHD.dtype)
 
 
+class Block(FastWeightLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x)). The mixer is what differs between models, and has the state."""
+
+    def __init__(self, config: Any, mixer: FastWeightLayer):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = mixer
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(
+        self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
+        y_BTD, after, tape = self.attn(self.attn_norm(x_BTD), state, rows, forkable)
+        y_BTD, x_BTD = self.mlp_norm(y_BTD, x_BTD)
+        return x_BTD + self.mlp(y_BTD), after, tape
+
+    def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
+        return self.attn.fork(tape, positions_BC)
+
+
 class Backbone(nn.Module):
     """Embeddings, blocks and final norm: the parameters under `model.`."""
 
@@ -106,6 +127,7 @@ class CausalLM(FastWeightLM, GenerationMixin):
     """Embeddings, a stack of blocks, a norm and a head: the frame of every model here."""
 
     base_model_prefix = "model"
+    _no_split_modules: ClassVar = ["Block"]
     _input_embed_layer = "embeddings"
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embeddings.weight"}
 

@@ -44,7 +44,8 @@ def test_auto_classes_load_what_was_saved_bit_for_bit(model, tmp_path):
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is type(model.config)
-    assert {**config.to_dict(), "dtype": None} == {**model.config.to_dict(), "dtype": None}
+    got, want = config.to_diff_dict(), model.config.to_diff_dict()
+    assert {**got, "_name_or_path": ""} == {**want, "_name_or_path": ""}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert type(loaded) is type(model)
     got, want = loaded.state_dict(), model.state_dict()
@@ -107,11 +108,9 @@ def test_the_cache_that_forward_returns_is_a_state_to_go_on_from(model):
 
 @each_model
 def test_lora_trains_its_adapters_and_merges_into_the_same_outputs(model):
-    targets = ["down_proj", *({name for name, _ in model.named_modules()} & {"qkv", "q_proj"})]
-    suffixes = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module) is torch.nn.Linear}
-    targets = sorted(suffixes & {"down_proj", "w2", "q_proj", "v_proj", "qkv", "o_proj"})
-    assert targets and "lm_head" not in targets
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, settings)
+    assert {"down_proj", "o_proj"} <= set(adapted.peft_config["default"].target_modules)
     adapted.double()
     text = tokens(2, 20)
     adapted(input_ids=text, labels=text).loss.backward()

@@ -1,0 +1,69 @@
+"""Tuned choices reach fla's kernels, and what was chosen can be written and read again."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from refine_kernels import fla
+
+KERNEL = "fla.ops.common.chunk_o.chunk_fwd_kernel_o"
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Made-Up 9000")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+
+def test_every_shipped_file_is_complete():
+    files = sorted(fla.SHIPPED.glob("*.json"))
+    assert files
+    for path in files:
+        tree = json.loads(path.read_text())
+        assert {"gpu", "capability", "triton", "kernels"} == set(tree)
+        for entries in tree["kernels"].values():
+            assert all(set(entry) == {"key", "config", "warps", "stages"} for entry in entries)
+
+
+def test_a_gpu_without_a_file_takes_that_of_its_architecture(fake_gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("REFINE_TUNED", raising=False)
+    assert fla.tuned_file().parent == fla.SHIPPED and fla.tuned_file().is_file()
+    own = fla.user_folder() / "nvidia-made-up-9000.json"
+    own.parent.mkdir(parents=True)
+    own.write_text("{}")
+    assert fla.tuned_file() == own
+    monkeypatch.setenv("REFINE_TUNED", str(tmp_path / "named.json"))
+    assert fla.tuned_file() == tmp_path / "named.json"
+    monkeypatch.delenv("REFINE_TUNED")
+    own.unlink()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (1, 0))
+    assert not fla.tuned_file().exists()
+
+
+def test_choices_are_loaded_written_and_loaded_again(fake_gpu, tmp_path):
+    """In a process of its own, because fla's kernels are shared by all tests of this one."""
+    code = f"""
+import json, torch
+torch.cuda.get_device_name = lambda *_: "NVIDIA Made-Up 9000"
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+from pathlib import Path
+import fla.ops.common.chunk_o
+from refine_kernels import fla as door
+out = Path({str(tmp_path / "choices.json")!r})
+kernel = {KERNEL!r}
+assert door.load_tuned() >= 3
+tuner = dict(door.autotuners())[kernel]
+entries = json.loads(door.tuned_file().read_text())["kernels"][kernel]
+assert len(tuner.configs) <= len(entries)
+assert all(tuner.cache[tuple(entry["key"])].kwargs == entry["config"] for entry in entries)
+door.save_tuned(out)
+assert json.loads(out.read_text())["kernels"][kernel] == entries
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
