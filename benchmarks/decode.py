@@ -90,7 +90,8 @@ def build(shape: dict[str, Any]) -> FastWeightLM:
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = family(settings(**{key: value for key, value in shape.items() if key != "model_type"}))
-    return torch.nn.Module.to(model, torch.bfloat16).eval()
+    torch.nn.Module.to(model, torch.bfloat16)
+    return model.eval()
 
 
 def read(model: FastWeightLM, prompt: Tensor) -> tuple[State, Tensor]:

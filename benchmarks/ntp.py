@@ -50,8 +50,9 @@ def main() -> None:
         shape = {**DELTANET_1B, "num_hidden_layers": layers}
         shape.pop("model_type")
         torch.manual_seed(0)
-        ours = DeltaNetForCausalLM(DeltaNetConfig(**shape)).to("cuda", torch.bfloat16).train()
-        stock = StockModel(StockConfig(**shape)).to("cuda", torch.bfloat16).train()
+        ours, stock = DeltaNetForCausalLM(DeltaNetConfig(**shape)), StockModel(StockConfig(**shape))
+        for model in (ours, stock):
+            torch.nn.Module.to(model.train(), "cuda", torch.bfloat16)
         stock.load_state_dict(ours.state_dict())
         return ours, stock, {"ours": lambda: our_step(ours, batch), "stock": lambda: stock_step(stock, text)}
 

@@ -65,7 +65,9 @@ def main() -> None:
         lact = random_model("lact_swiglu", LACT)
     plain = random_model("lact_swiglu", {**LACT, "use_muon": False})
     short = text[:, :SHORT]
-    rows += beside_exact("LaCT", torch.nn.Module.to(copy.deepcopy(lact), torch.float32), short, "float32")
+    wide = copy.deepcopy(lact)
+    torch.nn.Module.to(wide, torch.float32)
+    rows += beside_exact("LaCT", wide, short, "float32")
     rows += beside_exact("LaCT without Muon", plain, short, "bfloat16")
     rows += beside_exact("LaCT", lact, short, "bfloat16, Muon")
     rows += contract("LaCT without Muon", plain, text)
@@ -87,7 +89,9 @@ def real_text(tokenizer: str, tokens: int) -> Tensor:
 def random_model(kind: str, settings: dict[str, Any]) -> FastWeightLM:
     config, family = MODELS[kind]
     torch.manual_seed(0)
-    return torch.nn.Module.to(family(config(**settings)), "cuda", torch.bfloat16)
+    model = family(config(**settings))
+    torch.nn.Module.to(model, "cuda", torch.bfloat16)
+    return model
 
 
 def quantities(

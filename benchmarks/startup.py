@@ -62,9 +62,10 @@ def first_step(tokens: int, layers: int) -> None:
     say("imported")
     shape = {key: value for key, value in DELTANET_1B.items() if key != "model_type"}
     with torch.device("cuda"):
-        model = DeltaNetForCausalLM(DeltaNetConfig(**{**shape, "num_hidden_layers": layers})).to(torch.bfloat16)
+        model = DeltaNetForCausalLM(DeltaNetConfig(**{**shape, "num_hidden_layers": layers}))
         text = torch.randint(3, 32000, (1, tokens))
         batch = Batch(text, torch.tensor([tokens]))
+    torch.nn.Module.to(model, torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     say("model built")
     losses = refine_step(model.train(), batch, Algorithm(lambda_rl=0.0), [])

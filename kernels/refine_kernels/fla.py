@@ -5,6 +5,8 @@ Each of fla's kernels tries dozens of tile sizes the first time it meets a shape
 own caches here. Kernels and shapes that are not in the file are tuned as fla would.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib

@@ -67,9 +67,10 @@ def _run(shape: Shape) -> None:
     v = torch.randn(B, T, H, shape.values, device="cuda", dtype=torch.bfloat16)
     beta = torch.rand(B, T, H, device="cuda", dtype=torch.bfloat16)
     g = -torch.rand(B, T, H, device="cuda") * 0.1 if shape.decay else None
-    inputs = [x.requires_grad_() for x in (q, k, v, beta)]
+    for x in (q, k, v, beta):
+        x.requires_grad_()
     start = torch.zeros(B, H, shape.keys, shape.values, device="cuda").requires_grad_()
     for state in (None, start):
-        rule = delta_rule(*inputs, state, g_BTH=g, boundaries=True, impl="fused")
+        rule = delta_rule(q, k, v, beta, state, g_BTH=g, boundaries=True, impl="fused")
         assert rule.boundaries_BNHKV is not None
         (rule.outputs_BTHV.float().sum() + rule.state_BHKV.sum() + rule.boundaries_BNHKV.float().sum()).backward()

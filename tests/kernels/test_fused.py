@@ -6,6 +6,7 @@ On a CUDA device the kernels run there; elsewhere in Triton's interpreter, where
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ DEVICE = "cuda" if ON_GPU and not INTERPRETED else "cpu"
 if not (ON_GPU or INTERPRETED):
 
     def test_in_the_interpreter():
-        """The variable must be set before Triton is imported, so the tests of this file run in a process of their own."""
+        """The variable must be set before Triton is imported, so this file's tests run in a process of their own."""
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -38,7 +39,7 @@ else:
         x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
         return x.to(DEVICE, dtype).requires_grad_()
 
-    def compare(op, inputs, **settings):
+    def compare(op: Any, inputs: Any, **settings: Any) -> None:
         """Outputs and all gradients of the fused form against those of the reference in float64."""
         with poisoned():
             got = op(*inputs, impl="fused", **settings)
@@ -48,11 +49,13 @@ else:
         slopes = [draw(*x.shape, seed=7 + i).detach() for i, x in enumerate(want)]
         for i, (a, b) in enumerate(zip(got, want, strict=True)):
             assert_close(a, b, f"output {i}")
+        losses: list[Any] = [
+            sum((x * slope.to(x.dtype)).sum() for x, slope in zip(outputs, slopes, strict=True))
+            for outputs in (got, want)
+        ]
         with poisoned():
-            grads = torch.autograd.grad(
-                sum((a * s.to(a.dtype)).sum() for a, s in zip(got, slopes, strict=True)), inputs
-            )
-        wants = torch.autograd.grad(sum((b * s.to(b.dtype)).sum() for b, s in zip(want, slopes, strict=True)), exact)
+            grads = torch.autograd.grad(losses[0], inputs)
+        wants = torch.autograd.grad(losses[1], exact)
         for i, (a, b) in enumerate(zip(grads, wants, strict=True)):
             assert_close(a, b, f"gradient {i}")
 
@@ -147,4 +150,5 @@ else:
         loose = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         assert_close(dh, torch.stack(wanted_dh, 1), "states")
         assert_close(dv2, torch.cat(wanted_dv, 1), "what was written")
+        assert dstart is not None
         assert_close(dstart.to(loose), S, "first state")

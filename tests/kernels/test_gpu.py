@@ -1,5 +1,7 @@
 """What only a CUDA device runs: the delta rule and window attention against their references, forks included."""
 
+from typing import Any
+
 import pytest
 import torch
 from refine_kernels import delta_rule, fla, window_attention
@@ -13,7 +15,7 @@ def draw(*shape, seed=0, dtype=torch.bfloat16):
     return x.to("cuda", dtype)
 
 
-def delta_inputs(B, T, G, H, K, V, decay):
+def delta_inputs(B, T, G, H, K, V, decay) -> list[Any]:
     q, k = (torch.nn.functional.normalize(draw(B, T, G, K, seed=s).float(), dim=-1).bfloat16() for s in (0, 1))
     v, state = draw(B, T, H, V, seed=2), draw(B, H, K, V, seed=3, dtype=torch.float32) * 0.1
     beta = draw(B, T, H, seed=4).sigmoid()
@@ -27,19 +29,19 @@ def test_delta_rule(T, G, H, K, V, decay):
     args = delta_inputs(2, T, G, H, K, V, decay)
     if reason := fla.why_no_decay() if decay else fla.why_not():
         pytest.skip(reason)
-    *inputs, g = args
+    q, k, v, beta, state, g = args
     with poisoned():
-        got = delta_rule(*inputs, g_BTH=g, boundaries=True, impl="fused")
-    exact = [x if x is None else x.detach().double().requires_grad_() for x in args]
-    *exact_inputs, exact_g = exact
-    want = delta_rule(*exact_inputs, g_BTH=exact_g, boundaries=True, impl="reference")
+        got = delta_rule(q, k, v, beta, state, g_BTH=g, boundaries=True, impl="fused")
+    exact: list[Any] = [x if x is None else x.detach().double().requires_grad_() for x in args]
+    want = delta_rule(*exact[:5], g_BTH=exact[5], boundaries=True, impl="reference")
     assert got.boundaries_BNHKV is not None and want.boundaries_BNHKV is not None
     pairs = [
         (got.outputs_BTHV, want.outputs_BTHV),
         (got.state_BHKV, want.state_BHKV),
         (got.boundaries_BNHKV, want.boundaries_BNHKV),
     ]
-    loss = exact_loss = 0
+    loss: Any = 0
+    exact_loss: Any = 0
     for seed, (a, b) in enumerate(pairs):
         assert_close(a.bfloat16(), b, f"output {seed}")
         slope = draw(*a.shape, seed=seed)
@@ -65,11 +67,11 @@ def test_a_few_tokens_without_gradient():
 @pytest.mark.parametrize(("T", "S", "past"), [(1, 40, (3, 39)), (50, 70, (0, 20)), (200, 200, None), (333, 400, None)])
 def test_window_attention(T, S, past, window):
     q, k, v = draw(2, T, 4, 64), draw(2, S, 2, 64, seed=1), draw(2, S, 2, 64, seed=2)
-    args = [x.requires_grad_() for x in (q, k, v)]
+    args: list[Any] = [x.requires_grad_() for x in (q, k, v)]
     past_B = None if past is None else torch.tensor(past, device="cuda")
-    got = window_attention(*args, past_B, window=window, impl="fused")
+    got = window_attention(q, k, v, past_B, window=window, impl="fused")
     exact = [x.detach().double().requires_grad_() for x in args]
-    want = window_attention(*exact, past_B, window=window, impl="reference")
+    want = window_attention(exact[0], exact[1], exact[2], past_B, window=window, impl="reference")
     assert_close(got, want)
     slope = draw(*got.shape, seed=9)
     grads = torch.autograd.grad((got * slope).sum(), args)

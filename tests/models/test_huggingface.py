@@ -1,6 +1,7 @@
 """Every native model is at home in transformers and PEFT: loading, generation, training, compiling, saving."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -108,18 +109,18 @@ def test_the_cache_that_forward_returns_is_a_state_to_go_on_from(model):
 
 @each_model
 def test_lora_trains_its_adapters_and_merges_into_the_same_outputs(model):
-    settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    adapted = get_peft_model(model, settings)
-    assert {"down_proj", "o_proj"} <= set(adapted.peft_config["default"].target_modules)
+    linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear} - {"lm_head"}
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    assert {name for name, module in model.named_modules() if hasattr(module, "lora_A")} == linear
     adapted.double()
-    text = tokens(2, 20)
+    text = tokens(2, 40)
     adapted(input_ids=text, labels=text).loss.backward()
     for name, p in adapted.named_parameters():
         assert p.requires_grad == ("lora_" in name), name
         assert p.grad is not None and p.grad.norm() > 0 if p.requires_grad else p.grad is None, name
     with torch.no_grad():
         want = adapted(input_ids=text).logits
-        merged = adapted.merge_and_unload()
+        merged: Any = adapted.merge_and_unload()
         assert type(merged) is type(model)
         assert_close(merged(text).logits, want)
         assert_close(merged.logits(merged.read(text).hidden), want)
@@ -173,11 +174,3 @@ def test_a_narrower_dtype_goes_on_working(model, dtype):
     assert all(p.dtype == dtype and p.grad.isfinite().all() for p in narrow.parameters() if p.grad is not None)
     assert abs(out.loss.item() - model(text, labels=text).loss.item()) < 0.2
     assert generate(narrow, text).shape == (2, 36)
-
-
-def test_a_copy_is_a_model_of_its_own():
-    model = build("delta_net")
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        twin.lm_head.weight.zero_()
-    assert model.lm_head.weight.any()

@@ -8,6 +8,9 @@ Backward: a fork's gradient arrives at the start of a chunk and must join the re
 that recurrence (what fla calls dhu) with such arrivals; all other kernels of the backward are fla's.
 """
 
+# Triton is not everywhere, and a kernel's launch has no types.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ The forward keeps, per row, only the log-normaliser. The backward makes a piece'
 place, into their own gradient g (onehot - p), which two matrix products carry to the hidden states and the weight.
 """
 
+# Triton is not everywhere, and a kernel's launch has no types.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ A program of the forward holds a few whole rows. A program of the backward walks
 keeps its share of the weight's gradient in registers, so that the shares are few and their sum needs no atomics.
 """
 
+# Triton is not everywhere, and a kernel's launch has no types.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ With z the convolution and y = unit(silu(z)), the backward first makes dz from d
 is stored) with the filters' gradient, then dx[t] = sum_j weight[j] · dz[t + W - 1 - j].
 """
 
+# Triton is not everywhere, and a kernel's launch has no types.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import torch

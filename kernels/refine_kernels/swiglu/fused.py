@@ -4,6 +4,9 @@
 keeping it: an extra pass over the inner size costs far less than the memory.
 """
 
+# Triton is not everywhere, and a kernel's launch has no types.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import torch
@@ -42,7 +45,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _slopes(*ctx.saved_tensors, dy.contiguous().clone())[:2]
+        gate, up = ctx.saved_tensors
+        return _slopes(gate, up, dy.contiguous().clone())[:2]
 
 
 class _SwiGLULinear(torch.autograd.Function):
