@@ -7,6 +7,7 @@ file imports no torch, so that a typo is reported before anything slow starts.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ from refine_harness.errors import ConfigError, suggest
 
 Stage = Literal["mid", "post", "test-time"]
 
+REWARD_NAMES = ("cosine", "exact", "hybrid")
+_FUNCTION_PATH = re.compile(r"[A-Za-z_]\w*((\.[A-Za-z_]\w*)*:|(\.[A-Za-z_]\w*)*\.)[A-Za-z_]\w*", re.ASCII)
+
 
 class Strict(BaseModel):
     """A block of settings: unknown keys are refused, values cannot change once read."""
@@ -50,16 +54,22 @@ class Algorithm(Strict):
     """How a chunk's position is drawn: softmax of the pooled entropy, or an ablation."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the log-probabilities of the update use it too."""
+    top_k: NonNegativeInt = 0
+    """Sample among the so many likeliest tokens; 0 keeps all. The update's log-probabilities, here as with top_p, stay
+    those of the whole distribution at the sampling temperature."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus of the sampling distribution; 1 keeps all of it."""
+    """Nucleus of the sampling distribution (of what top_k leaves of it); 1 keeps all of it."""
     suppress_end: bool = True
     """Never sample the end-of-text token, so that every rollout has k tokens; log-probabilities keep it."""
-    reward: Literal["cosine", "exact", "hybrid"] = "cosine"
-    """How a rollout is compared with what the document really said next."""
+    reward: str = "cosine"
+    """How a rollout is compared with what the document really said next: cosine, exact, hybrid, or a function of
+    yours, package.module:function, with the signature of `algorithm.reward.Reward`."""
     group: Literal["document", "position"] = "document"
     """Whose mean an advantage is relative to: all rollouts of a document, or those of one position."""
     scale: Literal["std", "none"] = "std"
-    """Whether advantages are divided by the group's standard deviation."""
+    """Whether advantages are divided by the group's standard deviation; those of dr_grpo never are."""
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    """The policy loss, by TRL's names; `algorithm.loss` has formulas and sources. All are averaged over tokens."""
     lambda_ntp: NonNegativeFloat = 1.0
     """Weight of next-token prediction."""
     lambda_rl: NonNegativeFloat = 0.2
@@ -69,10 +79,28 @@ class Algorithm(Strict):
     clip_high: PositiveFloat = 0.2
     """The probability ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = Field(default=3.0, gt=1)
-    """Bound on the loss of a negative advantage, in units of it; null for none."""
+    """Bound on the loss of a negative advantage, in units of it; null for none. cispo has no use for it."""
+    kl_weight: NonNegativeFloat = 0.0
+    """Weight, within the policy loss, of the KL divergence from the model as it was when training started; above 0
+    a frozen copy of the model is kept."""
     rollouts_from: Literal["batch", "step"] = "batch"
     """When rollouts are sampled: once for the whole batch, which the later optimizer steps of that batch
     then meet off-policy (the paper's flow), or anew at every optimizer step, on-policy, at no extra forward."""
+
+    @property
+    def advantage_scale(self) -> Literal["std", "none"]:
+        """`scale`, or none where the loss itself says so."""
+        return "none" if self.loss == "dr_grpo" else self.scale
+
+    @field_validator("reward")
+    @classmethod
+    def _names_a_reward(cls, reward: str) -> str:
+        if reward not in REWARD_NAMES and not _FUNCTION_PATH.fullmatch(reward):
+            raise ValueError(
+                f"{reward!r} is no reward; expected {', '.join(REWARD_NAMES)}, or a function of yours as "
+                "package.module:function"
+            )
+        return reward
 
     @model_validator(mode="after")
     def _spread(self) -> Algorithm:

@@ -155,7 +155,7 @@ def started(arguments: list[str], **more: Any) -> subprocess.Popen[str]:
 
 
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(home: Path, tmp_path: Path) -> None:
-    long = ["steps=60", "checkpoint_every=2"]
+    long = ["steps=150", "checkpoint_every=2"]  # long enough to be met under way on a busy machine
     did(*mid(home, tmp_path / "whole", *long))
     out = tmp_path / "parts"
     process = started(mid(home, out, *long))
@@ -170,7 +170,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(home: 
     did(*mid(home, out, *long))
     assert same(weights(out), weights(tmp_path / "whole"))
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 151))
     assert not any(out.glob("step-*"))
 
 

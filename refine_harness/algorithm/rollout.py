@@ -2,6 +2,9 @@
 
 Sampling is by inverse transform from uniform numbers that are drawn beforehand, so that the tokens depend neither on
 the device nor on which documents share a batch.
+
+Suppressing the end, top-k and top-p choose among tokens; they change no log-probability. Those stay of the whole
+distribution at the sampling temperature, here as in the update.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from refine_harness.models.state import State
 @torch.no_grad()
 def continue_from(
     model: FastWeightLM, states: State, hidden_RD: Tensor, uniforms_RK: Tensor, algorithm: Algorithm
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Sample K tokens from each of R states.
 
     Args:
@@ -28,24 +31,31 @@ def continue_from(
         hidden_RD: the final hidden state at each fork, from which the first token is sampled.
         uniforms_RK: in [0, 1), one per token to sample.
 
-    Returns int64 [R, K].
+    Returns the tokens, int64 [R, K], and their log-probabilities, float32 or wider, [R, K].
     """
     decoder = Decoder(model, states)
     tokens: list[Tensor] = []
+    logprobs: list[Tensor] = []
     for uniforms_R in uniforms_RK.unbind(1):
         if tokens:
             hidden_RD = decoder.step(tokens[-1])
-        logits_RV = model.logits(hidden_RD)
+        scaled_RV = _wide(model.logits(hidden_RD)) / algorithm.temperature
+        allowed_RV = scaled_RV
         if algorithm.suppress_end and model.config.eos_token_id is not None:
-            logits_RV = logits_RV.index_fill(1, _ends(model, logits_RV.device), -torch.inf)
-        tokens.append(sample(logits_RV, uniforms_R, algorithm.temperature, algorithm.top_p))
-    return torch.stack(tokens, 1)
+            allowed_RV = scaled_RV.index_fill(1, _ends(model, scaled_RV.device), -torch.inf)
+        tokens.append(sample(allowed_RV, uniforms_R, top_k=algorithm.top_k, top_p=algorithm.top_p))
+        logprobs.append(scaled_RV.gather(1, tokens[-1][:, None])[:, 0] - scaled_RV.logsumexp(-1))
+    return torch.stack(tokens, 1), torch.stack(logprobs, 1)
 
 
-def sample(logits_RV: Tensor, uniforms_R: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """One token per row by inverse transform: the first whose cumulative probability exceeds the uniform number."""
-    wide = torch.float64 if logits_RV.dtype == torch.float64 else torch.float32
-    probs_RV = (logits_RV.to(wide) / temperature).softmax(-1)
+def sample(logits_RV: Tensor, uniforms_R: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """One token per row by inverse transform: the first whose cumulative probability exceeds the uniform number.
+
+    Only the top_k likeliest tokens can be drawn (0: all), and of them only the nucleus that holds a share top_p.
+    """
+    probs_RV = _wide(logits_RV).softmax(-1)
+    if top_k:
+        probs_RV = _likeliest(probs_RV, top_k)
     if top_p < 1:
         probs_RV = _nucleus(probs_RV, top_p)
     ladder_RV = probs_RV.cumsum(-1)
@@ -53,6 +63,16 @@ def sample(logits_RV: Tensor, uniforms_R: Tensor, temperature: float = 1.0, top_
     tokens_R = torch.searchsorted(ladder_RV, targets_R1, right=True)[:, 0]
     # Rounding can carry a target to the very end of the ladder, past the last token that has any probability.
     return torch.minimum(tokens_R, (ladder_RV < ladder_RV[:, -1:]).sum(-1))
+
+
+def _wide(logits_RV: Tensor) -> Tensor:
+    return logits_RV.to(torch.float64 if logits_RV.dtype == torch.float64 else torch.float32)
+
+
+def _likeliest(probs_RV: Tensor, top_k: int) -> Tensor:
+    """Zero outside exactly top_k tokens of each row, renormalised."""
+    kept_RK, tokens_RK = probs_RV.topk(min(top_k, probs_RV.shape[-1]))
+    return torch.zeros_like(probs_RV).scatter(1, tokens_RK, kept_RK / kept_RK.sum(-1, keepdim=True))
 
 
 def _nucleus(probs_RV: Tensor, top_p: float) -> Tensor:

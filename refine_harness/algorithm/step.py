@@ -12,15 +12,15 @@ hold this file to it).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from refine_harness.algorithm.advantage import group_advantages, spreadless_share
-from refine_harness.algorithm.loss import label_mask, policy_loss
+from refine_harness.algorithm.loss import importance_ratio, kl_estimate, label_mask, policy_loss
 from refine_harness.algorithm.positions import pick_positions
-from refine_harness.algorithm.reward import REWARDS
+from refine_harness.algorithm.reward import PARTS, rewards_of
 from refine_harness.algorithm.rollout import continue_from, draw_uniforms
 from refine_harness.config import Algorithm
 from refine_harness.models.base import FastWeightLM, Reading
@@ -35,6 +35,8 @@ class Experience:
     rollouts: Rollouts
     rewards_BCN: Tensor
     advantages_BCN: Tensor
+    reference_BCNK: Tensor | None
+    """Log-probability of each sampled token under the frozen reference; None without a KL term."""
     facts: dict[str, float]
 
     def rows(self, start: int, stop: int) -> Experience:
@@ -43,7 +45,8 @@ class Experience:
         rollouts = Rollouts(
             self.rollouts.positions_BC[some], self.rollouts.tokens_BCNK[some], self.rollouts.logprobs_BCNK[some]
         )
-        return Experience(rollouts, self.rewards_BCN[some], self.advantages_BCN[some], self.facts)
+        reference_BCNK = None if self.reference_BCNK is None else self.reference_BCNK[some]
+        return Experience(rollouts, self.rewards_BCN[some], self.advantages_BCN[some], reference_BCNK, self.facts)
 
 
 def refine_step(
@@ -52,6 +55,7 @@ def refine_step(
     algorithm: Algorithm,
     rng: Sequence[torch.Generator],
     experience: Experience | None = None,
+    reference: FastWeightLM | None = None,
 ) -> Losses:
     """Read the document, pick where it is surprising, continue from there, score, learn.
 
@@ -59,55 +63,62 @@ def refine_step(
         batch: B documents.
         rng: one CPU generator per document; not used when there is nothing to sample.
         experience: rollouts sampled earlier by `collect`; None samples them here, from the policy that learns.
+        reference: the model as it was when training started, for rollouts sampled here; needed when kl_weight > 0.
 
-    Returns both losses as sums, attached. With lambda_rl = 0 this is next-token prediction and nothing else.
+    Returns both losses as sums, attached; the KL term is part of the policy loss. With lambda_rl = 0 this is next-token
+    prediction and nothing else.
     """
     reading = model.read(batch.tokens_BT, lengths=batch.lengths_B, forkable=algorithm.lambda_rl > 0)
     logprobs_BT, entropy_BT = next_token(model, reading, batch)
     labels_BT = label_mask(batch.lengths_B, batch.loss_from_B, batch.tokens_BT.shape[1])
     ntp = -(logprobs_BT * labels_BT).sum()
     count = int(labels_BT.sum())
+    entropies = {"entropy": _mean(entropy_BT, labels_BT)}
     if algorithm.lambda_rl == 0:
-        return Losses(ntp, count, torch.zeros_like(ntp), 0, {"entropy": _mean(entropy_BT, labels_BT)})
+        return Losses(ntp, count, torch.zeros_like(ntp), 0, _numbers(entropies))
 
     if experience is None:
-        positions_BC, tokens_BCNK, states = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
+        rollouts, states = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
     else:
-        positions_BC, tokens_BCNK = experience.rollouts.positions_BC, experience.rollouts.tokens_BCNK
-        states = reading.states_at(positions_BC).repeat(tokens_BCNK.shape[2])
-    logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, positions_BC, tokens_BCNK, states, algorithm)
+        rollouts = experience.rollouts
+        states = reading.states_at(rollouts.positions_BC).repeat(rollouts.tokens_BCNK.shape[2])
+    logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, rollouts, states, algorithm)
     if experience is None:
-        experience = judge(batch, reading, positions_BC, tokens_BCNK, logprobs_BCNK, hidden_BCNKD, algorithm)
+        experience = judge(batch, reading, rollouts, logprobs_BCNK, hidden_BCNKD, algorithm, reference)
 
+    old_BCNK = experience.rollouts.logprobs_BCNK
     losses_BCNK = policy_loss(
         logprobs_BCNK,
-        experience.rollouts.logprobs_BCNK,
+        old_BCNK,
         experience.advantages_BCN,
+        loss=algorithm.loss,
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
         dual_clip=algorithm.dual_clip,
     )
-    ratios_BCNK = (logprobs_BCNK.detach() - experience.rollouts.logprobs_BCNK).exp()
-    clipped_BCNK = (ratios_BCNK < 1 - algorithm.clip_low) | (ratios_BCNK > 1 + algorithm.clip_high)
-    facts = {
-        **experience.facts,
-        "entropy": _mean(entropy_BT, labels_BT),
-        "entropy_chosen": entropy_BT.gather(1, positions_BC).mean().item(),
-        "ratio": ratios_BCNK.mean().item(),
-        "ratio_max": ratios_BCNK.max().item(),
-        "clipped": clipped_BCNK.double().mean().item(),
-    }
-    return Losses(ntp, count, losses_BCNK.sum(), losses_BCNK.numel(), facts)
+    entropies["entropy_chosen"] = entropy_BT.gather(1, rollouts.positions_BC).mean()
+    facts = entropies | _drift(logprobs_BCNK.detach(), old_BCNK, algorithm)
+    if experience.reference_BCNK is not None:
+        kl_BCNK = kl_estimate(logprobs_BCNK, experience.reference_BCNK)
+        losses_BCNK = losses_BCNK + algorithm.kl_weight * kl_BCNK
+        facts["kl"] = kl_BCNK.detach().mean()
+    return Losses(ntp, count, losses_BCNK.sum(), losses_BCNK.numel(), {**experience.facts, **_numbers(facts)})
 
 
 @torch.no_grad()
-def collect(model: FastWeightLM, batch: Batch, algorithm: Algorithm, rng: Sequence[torch.Generator]) -> Experience:
+def collect(
+    model: FastWeightLM,
+    batch: Batch,
+    algorithm: Algorithm,
+    rng: Sequence[torch.Generator],
+    reference: FastWeightLM | None = None,
+) -> Experience:
     """The front half of a step without gradients: rollouts for several optimizer steps to learn from."""
     reading = model.read(batch.tokens_BT, lengths=batch.lengths_B)
     _, entropy_BT = next_token(model, reading, batch)
-    positions_BC, tokens_BCNK, states = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
-    logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, positions_BC, tokens_BCNK, states, algorithm)
-    return judge(batch, reading, positions_BC, tokens_BCNK, logprobs_BCNK, hidden_BCNKD, algorithm)
+    rollouts, states = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
+    logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, rollouts, states, algorithm)
+    return judge(batch, reading, rollouts, logprobs_BCNK, hidden_BCNKD, algorithm, reference)
 
 
 def next_token(model: FastWeightLM, reading: Reading, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -125,29 +136,25 @@ def sample_rollouts(
     batch: Batch,
     algorithm: Algorithm,
     rng: Sequence[torch.Generator],
-) -> tuple[Tensor, Tensor, State]:
-    """Positions [B, C], sampled tokens [B, C, N, K], and the attached states they start from (R rows)."""
+) -> tuple[Rollouts, State]:
+    """Rollouts, with the log-probabilities of their decoding, and the attached states they start from (R rows)."""
     C, N, K = algorithm.chunks, algorithm.rollouts, algorithm.rollout_length
     positions_BC = pick_positions(entropy_BT, batch.lengths_B, chunks=C, length=K, rule=algorithm.positions, rng=rng)
     uniforms_RK = draw_uniforms(rng, C * N * K).view(-1, K).to(entropy_BT.device)
     states = reading.states_at(positions_BC).repeat(N)
     hidden_RD = reading.at(positions_BC).flatten(0, 1).repeat_interleave(N, 0)
-    tokens_RK = continue_from(model, states.detach(), hidden_RD.detach(), uniforms_RK, algorithm)
-    return positions_BC, tokens_RK.view(-1, C, N, K), states
+    tokens_RK, sampled_RK = continue_from(model, states.detach(), hidden_RD.detach(), uniforms_RK, algorithm)
+    return Rollouts(positions_BC, tokens_RK.view(-1, C, N, K), sampled_RK.view(-1, C, N, K)), states
 
 
 def read_rollouts(
-    model: FastWeightLM,
-    reading: Reading,
-    positions_BC: Tensor,
-    tokens_BCNK: Tensor,
-    states: State,
-    algorithm: Algorithm,
+    model: FastWeightLM, reading: Reading, rollouts: Rollouts, states: State, algorithm: Algorithm
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [B, C, N, K] at the sampling temperature and hidden states [B, C, N, K, D], attached.
 
     The first token's probability comes from the document's own hidden state at the position.
     """
+    positions_BC, tokens_BCNK = rollouts.positions_BC, rollouts.tokens_BCNK
     tokens_RK = tokens_BCNK.flatten(0, 2)
     first_RD = reading.at(positions_BC).flatten(0, 1).repeat_interleave(tokens_BCNK.shape[2], 0)
     hidden_RKD = model.read(tokens_RK, states, forkable=False).hidden
@@ -160,26 +167,72 @@ def read_rollouts(
 def judge(
     batch: Batch,
     reading: Reading,
-    positions_BC: Tensor,
-    tokens_BCNK: Tensor,
+    rollouts: Rollouts,
     logprobs_BCNK: Tensor,
     hidden_BCNKD: Tensor,
     algorithm: Algorithm,
+    reference: FastWeightLM | None,
 ) -> Experience:
-    """Compare each rollout with what the document says at the same place, relative to its group; no gradients."""
+    """Compare each rollout with what the document says at the same place, relative to its group; no gradients.
+
+    logprobs_BCNK: of the rollouts read as a whole. Later steps compare with these, not with those of the decoding,
+    since that is how they compute theirs.
+    """
+    positions_BC, tokens_BCNK = rollouts.positions_BC, rollouts.tokens_BCNK
     B, C, _, K = tokens_BCNK.shape
     after_BM = (positions_BC[..., None] + torch.arange(1, K + 1, device=positions_BC.device)).flatten(1)
     true_BCK = batch.tokens_BT.gather(1, after_BM).view(B, C, K)
     true_BCKD = reading.at(after_BM).view(B, C, K, -1)
-    rewards_BCN = REWARDS[algorithm.reward](tokens_BCNK, true_BCK, hidden_BCNKD, true_BCKD)
-    advantages_BCN = group_advantages(rewards_BCN, over=algorithm.group, scale=algorithm.scale)
-    facts = {
-        "reward": rewards_BCN.mean().item(),
-        "reward_std": rewards_BCN.std().item() if rewards_BCN.numel() > 1 else 0.0,
-        "spreadless": spreadless_share(rewards_BCN, algorithm.group).item(),
+    views = (tokens_BCNK, true_BCK, hidden_BCNKD, true_BCKD)
+    rewards_BCN = rewards_of(algorithm.reward, *views)
+    advantages_BCN = group_advantages(rewards_BCN, over=algorithm.group, scale=algorithm.advantage_scale)
+    reference_BCNK = reference_logprobs(reference, batch, rollouts, algorithm) if algorithm.kl_weight > 0 else None
+    facts = _spread("reward", rewards_BCN)
+    for part in PARTS.get(algorithm.reward, ()):
+        facts |= _spread(f"reward_{part}", rewards_of(part, *views))
+    facts["spreadless"] = spreadless_share(rewards_BCN, algorithm.group)
+    facts["sampling_gap"] = (rollouts.logprobs_BCNK - logprobs_BCNK).abs().max()
+    rollouts = replace(rollouts, logprobs_BCNK=logprobs_BCNK.detach())
+    return Experience(rollouts, rewards_BCN, advantages_BCN, reference_BCNK, _numbers(facts))
+
+
+@torch.no_grad()
+def reference_logprobs(
+    reference: FastWeightLM | None, batch: Batch, rollouts: Rollouts, algorithm: Algorithm
+) -> Tensor:
+    """Log-probabilities [B, C, N, K] of the rollouts under another model, from its own reading and its own forks."""
+    if reference is None:
+        raise ValueError("kl_weight is above 0, so the step needs the reference model")
+    reading = reference.read(batch.tokens_BT, lengths=batch.lengths_B)
+    states = reading.states_at(rollouts.positions_BC).repeat(rollouts.tokens_BCNK.shape[2])
+    return read_rollouts(reference, reading, rollouts, states, algorithm)[0]
+
+
+# What a step says of itself. Each fact is a scalar on the device until `_numbers` fetches all of them at once.
+
+
+def _drift(logprobs_BCNK: Tensor, old_BCNK: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:
+    """How far the policy is from the one that sampled."""
+    ratios_BCNK = importance_ratio(logprobs_BCNK, old_BCNK, algorithm.loss)
+    clipped_BCNK = (ratios_BCNK < 1 - algorithm.clip_low) | (ratios_BCNK > 1 + algorithm.clip_high)
+    return {
+        "ratio": ratios_BCNK.mean(),
+        "ratio_max": ratios_BCNK.max(),
+        "clipped": clipped_BCNK.double().mean(),
+        "kl_old": kl_estimate(old_BCNK, logprobs_BCNK).mean(),  # the tokens are samples of the old policy
     }
-    return Experience(Rollouts(positions_BC, tokens_BCNK, logprobs_BCNK.detach()), rewards_BCN, advantages_BCN, facts)
 
 
-def _mean(x: Tensor, mask: Tensor) -> float:
-    return ((x * mask).sum() / mask.sum().clamp(min=1)).item()
+def _spread(name: str, x_BCN: Tensor) -> dict[str, Tensor]:
+    spread = x_BCN.std() if x_BCN.numel() > 1 else torch.zeros_like(x_BCN.sum())
+    return {name: x_BCN.mean(), f"{name}_std": spread}
+
+
+def _mean(x: Tensor, mask: Tensor) -> Tensor:
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def _numbers(facts: dict[str, Tensor]) -> dict[str, float]:
+    """The facts on the host, waiting for the device once."""
+    values = torch.stack([fact.detach().double() for fact in facts.values()]).tolist()
+    return dict(zip(facts, values, strict=True))

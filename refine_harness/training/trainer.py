@@ -14,6 +14,7 @@ them, when everything that `state()` returns is settled. Where batches come from
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
 import os
@@ -27,6 +28,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from refine_harness.algorithm import Experience, collect, refine_step
+from refine_harness.algorithm.reward import find_reward
 from refine_harness.config import Algorithm, PostConfig, TestTimeConfig, TrainConfig
 from refine_harness.data.stream import rank_positions
 from refine_harness.errors import DataError, RunError
@@ -71,7 +73,8 @@ class TrainState:
     """Real tokens read by optimizer steps."""
     seconds: float = 0.0
     optimizer: dict[str, Tensor] = field(default_factory=dict)
-    """`<parameter name>:<state name>`, on the CPU."""
+    """`<parameter name>:<state name>`, on the CPU; with a KL term also `<parameter name>:reference`, the weights that
+    training started from."""
 
     @property
     def optimizer_steps(self) -> int:
@@ -110,10 +113,11 @@ class Piece:
 class Objective(nn.Module):
     """`refine_step` and `collect` as one module's forward, so that DDP and FSDP see every use of the weights."""
 
-    def __init__(self, model: FastWeightLM, *, bf16: bool) -> None:
+    def __init__(self, model: FastWeightLM, *, bf16: bool, reference: FastWeightLM | None = None) -> None:
         super().__init__()
         self.model = model
         self.bf16 = bf16
+        self._unregistered = (reference,)  # in a tuple it is no submodule: never trained, wrapped or sharded
 
     def forward(
         self,
@@ -123,17 +127,20 @@ class Objective(nn.Module):
         experience: Experience | None = None,
         collecting: bool = False,
     ) -> Losses | Experience:
+        (reference,) = self._unregistered
         with torch.autocast(batch.tokens_BT.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             if collecting:
-                return collect(self.model, batch, algorithm, rng)
-            return refine_step(self.model, batch, algorithm, rng, experience)
+                return collect(self.model, batch, algorithm, rng, reference)
+            return refine_step(self.model, batch, algorithm, rng, experience, reference)
 
 
 class Trainer:
     """Trains `model` in place, on the device it is on.
 
     `alone`: this process learns by itself even when others run beside it (test-time training).
-    Raises ConfigError when the processes cannot share an optimizer step's documents evenly.
+    With a KL term every process also holds a whole frozen copy of the model as it is now.
+    Raises ConfigError when the processes cannot share an optimizer step's documents evenly, or when there is no such
+    reward.
     """
 
     def __init__(self, model: FastWeightLM, config: TrainConfig, *, alone: bool = False) -> None:
@@ -144,7 +151,9 @@ class Trainer:
         on_cpus = self.device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.accelerator = Accelerator(cpu=on_cpus, device_placement=False, mixed_precision="no")
         bf16 = config.autocast == "bf16" or (config.autocast == "auto" and self.device.type == "cuda")
-        objective = Objective(model, bf16=bf16)
+        find_reward(config.algorithm.reward)  # a wrong path is said now
+        self.reference = _frozen_copy(model) if _has_kl(config.algorithm) else None
+        objective = Objective(model, bf16=bf16, reference=self.reference)
         optimizer = make_optimizer(trained_parameters(model).values(), config.optim)
         self.objective: Any
         self.optimizer: Any
@@ -206,11 +215,18 @@ class Trainer:
         """A copy of everything besides the weights. Only at a boundary."""
         if not self._at_boundary:
             raise RuntimeError("a batch is half done: its rollouts are part of no TrainState; wait for at_boundary")
-        return replace(self._done, optimizer=optimizer_tensors(self.optimizer, self.parameters))
+        tensors = optimizer_tensors(self.optimizer, self.parameters)
+        if self.reference is not None and self._done.optimizer_steps:
+            tensors |= _reference_tensors(self.reference, self.parameters)
+        return replace(self._done, optimizer=tensors)
 
     def load(self, state: TrainState) -> None:
         """Go on from `state`; the weights must be those saved with it. Raises RunError when they cannot be."""
-        load_optimizer_tensors(self.optimizer, self.parameters, state.optimizer)
+        tensors = dict(state.optimizer)
+        started_from = {name: tensors.pop(name) for name in state.optimizer if name.endswith(_REFERENCE)}
+        load_optimizer_tensors(self.optimizer, self.parameters, tensors)
+        if self.reference is not None and state.optimizer_steps:
+            _load_reference(self.reference, started_from, self.parameters)
         self._done = replace(state, optimizer={})
         self._at_boundary = True
         self._boundaries = (state.optimizer_steps, state.optimizer_steps)
@@ -412,8 +428,43 @@ def training_device(name: str) -> torch.device:
     return device
 
 
+_REFERENCE = ":reference"
+
+
+def _has_kl(algorithm: Algorithm) -> bool:
+    return algorithm.lambda_rl > 0 and algorithm.kl_weight > 0
+
+
+def _frozen_copy(model: FastWeightLM) -> FastWeightLM:
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def _reference_tensors(reference: FastWeightLM, trained: Iterable[str]) -> dict[str, Tensor]:
+    """The reference's weights where they can differ from the model's: copies on the CPU, whole on every process."""
+    weights = dict(reference.named_parameters())
+    return {f"{name}{_REFERENCE}": weights[name].to("cpu", copy=True) for name in trained}
+
+
+def _load_reference(reference: FastWeightLM, tensors: dict[str, Tensor], trained: Iterable[str]) -> None:
+    """Raises RunError when the tensors are not those of this model."""
+    weights = dict(reference.named_parameters())
+    for name in trained:
+        tensor = tensors.get(f"{name}{_REFERENCE}")
+        if tensor is None or tensor.shape != weights[name].shape:
+            raise RunError(
+                f"the saved state has no weights of {name} to measure the KL from: it was saved with kl_weight = 0 or "
+                "of another model. Set algorithm.kl_weight=0, or start in another folder."
+            )
+        with torch.no_grad():
+            weights[name].copy_(tensor)
+
+
+_EXTREMES = ("_max", "_gap")
+
+
 class _Facts:
-    """What the micro-batches said of themselves, each weighed by its documents; `*_max` keeps the largest."""
+    """What the micro-batches said of themselves, each weighed by its documents; `*_max` and `*_gap` keep the
+    largest."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -421,7 +472,7 @@ class _Facts:
 
     def add(self, facts: dict[str, float], documents: int) -> None:
         for name, value in facts.items():
-            if name.endswith("_max"):
+            if name.endswith(_EXTREMES):
                 self._sums[name] = max(value, self._sums.get(name, -math.inf))
             else:
                 self._sums[name] = self._sums.get(name, 0.0) + value * documents
@@ -433,6 +484,6 @@ class _Facts:
         sums = gathered([self._sums[name] for name in names])
         weights = gathered([self._weights.get(name, 0.0) for name in names])
         return {
-            name: max(column) if name.endswith("_max") else sum(column) / sum(weight)
+            name: max(column) if name.endswith(_EXTREMES) else sum(column) / sum(weight)
             for name, column, weight in zip(names, zip(*sums, strict=True), zip(*weights, strict=True), strict=True)
         }

@@ -4,7 +4,7 @@ import pytest
 import torch
 from refine_kernels.testing import assert_close
 
-from refine_harness.algorithm import collect, refine_step
+from refine_harness.algorithm import collect, refine_step, rollout
 from refine_harness.algorithm.rereading import refine_step_by_rereading
 from refine_harness.config import Algorithm
 from refine_harness.errors import DataError
@@ -47,15 +47,27 @@ VARIANTS = [
     Algorithm(rollouts=2, scale="none", positions="uniform", top_p=0.8, dual_clip=None),
     Algorithm(positions="argmax", rollout_length=1),
     Algorithm(positions="argmin", rollout_length=6, suppress_end=False),
+    Algorithm(loss="dr_grpo", top_k=5, top_p=0.9, temperature=0.8),
+    Algorithm(loss="gspo", rollouts=2),
+    Algorithm(loss="cispo", kl_weight=0.3, temperature=1.3),
 ]
+LOSSES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
+
+
+def nearby(model, by):
+    """Another model, whose weights are `by` times as large."""
+    other = DeltaNetForCausalLM(model.config).double()
+    other.load_state_dict({name: x * by for name, x in model.state_dict().items()})
+    return other
 
 
 @pytest.mark.parametrize("algorithm", VARIANTS)
 def test_forked_step_is_the_rereading_step(model, batch, algorithm):
-    losses = refine_step(model, batch, algorithm, rng())
+    frozen = nearby(model, 0.95)
+    losses = refine_step(model, batch, algorithm, rng(), reference=frozen)
     got = gradients(model, losses, algorithm)
-    rollouts = collect(model, batch, algorithm, rng()).rollouts
-    reference = refine_step_by_rereading(model, batch, algorithm, rollouts)
+    rollouts = collect(model, batch, algorithm, rng(), frozen).rollouts
+    reference = refine_step_by_rereading(model, batch, algorithm, rollouts, reference=frozen)
     want = gradients(model, reference, algorithm)
     assert (losses.ntp_count, losses.policy_count) == (reference.ntp_count, reference.policy_count)
     assert_close(losses.ntp_sum, reference.ntp_sum)
@@ -82,20 +94,87 @@ def test_the_policy_gradient_reaches_the_document_through_the_fork(model, batch)
     assert float((whole[name] - severed[name]).norm() / whole[name].norm()) > 0.05
 
 
-def test_off_policy_rollouts_clip_and_match_the_reference(model, batch):
-    algorithm = Algorithm(clip_low=0.01, clip_high=0.02, rollouts=2)
-    experience = collect(model, batch, algorithm, rng())
-    moved = DeltaNetForCausalLM(model.config).double()
-    moved.load_state_dict({name: x * 1.05 for name, x in model.state_dict().items()})
+@pytest.mark.parametrize("loss", LOSSES)
+def test_off_policy_rollouts_clip_and_match_the_reference(model, batch, loss):
+    algorithm = Algorithm(clip_low=0.01, clip_high=0.02, rollouts=2, loss=loss, kl_weight=0.1)
+    frozen = nearby(model, 0.95)
+    experience = collect(model, batch, algorithm, rng(), frozen)
+    moved = nearby(model, 1.05)
     losses = refine_step(moved, batch, algorithm, rng(), experience)
-    assert losses.facts["clipped"] > 0.1 and losses.facts["ratio_max"] > 1.02
-    reference = refine_step_by_rereading(moved, batch, algorithm, experience.rollouts, experience.advantages_BCN)
+    assert losses.facts["clipped"] > 0.1 and losses.facts["ratio_max"] > 1.02 and losses.facts["kl_old"] > 1e-4
+    reference = refine_step_by_rereading(
+        moved, batch, algorithm, experience.rollouts, experience.advantages_BCN, frozen
+    )
     assert_close(losses.policy_sum, reference.policy_sum)
     got, want = gradients(moved, losses, algorithm), gradients(moved, reference, algorithm)
     for name in got:
         assert_close(got[name], want[name], name)
     rows = [refine_step(moved, batch.rows(b, b + 1), algorithm, rng(1), experience.rows(b, b + 1)) for b in range(3)]
     assert_close(torch.stack([row.policy_sum for row in rows]).sum(), losses.policy_sum)
+
+
+def test_objectives_are_one_exactly_where_they_must_be(model, batch):
+    """Off-policy, from the same rollouts and advantages: equal lengths make dapo and dr_grpo grpo."""
+    experience = collect(model, batch, Algorithm(), rng())
+    moved = nearby(model, 1.05)
+    sums = {
+        loss: refine_step(moved, batch, Algorithm(loss=loss), rng(), experience).policy_sum.item() for loss in LOSSES
+    }
+    assert sums["grpo"] == sums["dapo"] == sums["dr_grpo"]
+    assert len({round(value, 6) for value in sums.values()}) == 3
+
+
+def test_top_k_changes_the_tokens_and_not_how_they_are_counted(model, batch):
+    """With one token to choose from, rollouts are greedy; their log-probabilities are still the model's."""
+    greedy = collect(model, batch, Algorithm(top_k=1, suppress_end=False), rng()).rollouts
+    for b, position in enumerate(greedy.positions_BC[:, 0].tolist()):
+        text = batch.tokens_BT[b : b + 1, : position + 1]
+        for token, logprob in zip(greedy.tokens_BCNK[b, 0, 0], greedy.logprobs_BCNK[b, 0, 0], strict=True):
+            predicted = model(text).logits[0, -1].log_softmax(-1)
+            assert token == predicted.argmax() and logprob < 0
+            assert_close(logprob, predicted[token])
+            text = torch.cat((text, token.view(1, 1)), 1)
+
+
+def test_kl_adds_its_gradient_and_is_reported(model, batch):
+    frozen = nearby(model, 0.95)
+    plain, weighed = Algorithm(lambda_ntp=0.0), Algorithm(lambda_ntp=0.0, kl_weight=2.0)
+    without = refine_step(model, batch, plain, rng())
+    losses = refine_step(model, batch, weighed, rng(), reference=frozen)
+    assert "kl" not in without.facts and losses.facts["kl"] > 0
+    added = (losses.policy_sum - without.policy_sum) / losses.policy_count
+    assert added.item() == pytest.approx(2.0 * losses.facts["kl"], abs=1e-12)
+    one, other = gradients(model, without, plain), gradients(model, losses, weighed)
+    assert any((one[name] - other[name]).abs().max() > 1e-3 for name in one)
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+
+    itself = refine_step(model, batch, weighed, rng(), reference=nearby(model, 1.0))
+    assert itself.facts["kl"] == pytest.approx(0.0, abs=1e-15)
+    assert all((one[n] - g).abs().max() < 1e-12 for n, g in gradients(model, itself, weighed).items())
+    with pytest.raises(ValueError, match="needs the reference model"):
+        refine_step(model, batch, weighed, rng())
+
+
+def test_a_step_says_what_it_did(model, batch):
+    algorithm = Algorithm(reward="hybrid", rollouts=2, top_k=7, temperature=0.7)
+    experience = collect(model, batch, algorithm, rng())
+    facts = refine_step(model, batch, algorithm, rng()).facts
+    assert facts.keys() == {
+        *("entropy", "entropy_chosen", "reward", "reward_std", "reward_cosine", "reward_cosine_std"),
+        *("reward_exact", "reward_exact_std", "spreadless", "sampling_gap"),
+        *("ratio", "ratio_max", "clipped", "kl_old"),
+    }
+    assert facts["reward"] == pytest.approx(facts["reward_cosine"] + facts["reward_exact"])
+    assert facts["reward"] == pytest.approx(experience.rewards_BCN.mean().item())
+    assert facts["reward_std"] == pytest.approx(experience.rewards_BCN.std().item())
+    assert facts["sampling_gap"] < 1e-12
+    assert (facts["clipped"], facts["kl_old"]) == (0.0, 0.0)
+    assert facts["ratio"] == facts["ratio_max"] == 1.0
+
+
+def test_the_sampling_gap_shows_a_decoder_that_went_astray(model, batch, monkeypatch):
+    monkeypatch.setattr(rollout.Decoder, "step", lambda self, tokens_R: torch.zeros(len(tokens_R), 16).double())
+    assert refine_step(model, batch, Algorithm(), rng()).facts["sampling_gap"] > 0.1
 
 
 def test_lambda_zero_is_next_token_prediction_and_draws_nothing(model, batch):
