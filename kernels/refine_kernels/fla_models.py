@@ -53,9 +53,9 @@ def has_mamba_kernels() -> bool:
 
 def why_not(device: torch.device) -> str | None:
     """Why fla's models cannot compute on `device`, or None."""
-    if device.type == "cpu" and not interpreted():
-        return "their Triton kernels need a GPU"
-    return None
+    if device.type in ("cuda", "xpu", "npu") or interpreted():
+        return None
+    return "their Triton kernels need a GPU"
 
 
 def new_cache(layers: Sequence[dict[str, Any] | None], seen: int) -> Any:

@@ -119,6 +119,12 @@ class AdaptedLM(FastWeightLM):
 
     fixed_state = False
     base_model: Any
+    model: Any
+
+    @property
+    def headless(self) -> Any:
+        """fla's model without its head; some name no `base_model_prefix`, and theirs is `model`."""
+        return self.model if self.base_model is self else self.base_model
 
     @property
     def head_weight(self) -> Tensor:
@@ -214,7 +220,7 @@ class ContinuingLM(AdaptedLM):
         ages = (0,) * B if state is None else state.seen
         layers = [] if state is None else [_nested(layer) for layer in state.layers]
         cache = fla_models.new_cache(layers, ages[0])
-        out = self.base_model(input_ids=tokens_BT, past_key_values=cache, use_cache=True, return_dict=True)
+        out = self.headless(input_ids=tokens_BT, past_key_values=cache, use_cache=True, return_dict=True)
         kept = tuple(dict(_named(layer)) for layer in cache)
         self._check(kept, B)
         histories = any(_is_history(name) for layer in kept for name in layer)
@@ -249,7 +255,7 @@ class RereadingLM(AdaptedLM):
         return hidden_BSD.gather(1, places_BT1.expand(-1, -1, hidden_BSD.shape[-1])), after
 
     def _hidden(self, tokens_BT: Tensor) -> Tensor:
-        return self.base_model(input_ids=tokens_BT, use_cache=False, return_dict=True).last_hidden_state
+        return self.headless(input_ids=tokens_BT, use_cache=False, return_dict=True).last_hidden_state
 
 
 def _pasts(start: State) -> list[Tensor]:

@@ -163,6 +163,8 @@ def _load_weights(name: str | Path, config: PretrainedConfig, dtype: torch.dtype
             )
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
+    except ImportError as error:  # of flash-linear-attention's models, some need more than it brings
+        raise ModelError(f"{name} needs a package that is not installed here ({_first_line(error)}).") from None
     except Exception as error:  # safetensors, json and torch each have their own; the cause for the user is one
         raise ModelError(
             f"the weights of {name} cannot be read ({_first_line(error)}). Copy the checkpoint again."

@@ -234,6 +234,13 @@ def test_what_is_saved_is_the_wrapped_model(model, tmp_path):
     assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
 
 
+def test_the_model_without_its_head_is_found_where_no_prefix_names_it():
+    bare: Any = adapted(type("Bare", (family("stand_in"),), {"base_model_prefix": "", "__module__": __name__}))
+    made = bare(bare.config_class())
+    assert made.headless is made.model
+    assert made.read(tokens(1, 3)).hidden.shape == (1, 3, made.config.hidden_size)
+
+
 def test_rows_of_different_ages_share_a_pass_where_no_layer_counts_tokens(monkeypatch):
     passes = []
     for name in ("recurrent", "hybrid"):
@@ -281,6 +288,16 @@ def test_a_folder_loads_where_its_kernels_run(folder, monkeypatch):
 def test_a_cpu_is_refused_before_anything_is_loaded(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"^a gla model .* cannot run on cpu: .* GPU\. Use device=cuda"):
+        load_model(folder)
+
+
+def test_a_model_that_needs_another_package_says_which(folder, monkeypatch):
+    def init(*_):
+        raise ImportError("Please install Flash Attention")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(adapted(family("gla")), "__init__", init)
+    with pytest.raises(ModelError, match=r"needs a package .* \(Please install Flash Attention\)"):
         load_model(folder)
 
 
