@@ -30,15 +30,23 @@ def test_two_processes_learn_what_one_does(lab, tmp_path):
         "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(tmp_path)],
-        env={**os.environ, **together},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    # Two processes of their own, not a fork: torch has threads by then.
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(tmp_path)],
+            env={**os.environ, **together},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [worker.communicate(timeout=180)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], said
 
     alone = Trainer(lab.model(), lab.mid(steps=3, sequences=8, micro=1))
     reports = list(alone.run(lab.batches(rows=8)))

@@ -1,11 +1,7 @@
-"""Run by test_two_processes.py in an interpreter of its own: two processes train together and write their weights.
-
-The second is forked from the first once everything is imported, which halves the time of the test.
-"""
+"""Run by test_two_processes.py, once for each of two processes that train together and write their weights."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -40,13 +36,5 @@ def train(rank: int, out: Path) -> None:
     trainer.accelerator.end_training()
 
 
-def main(out: Path) -> None:
-    other = multiprocessing.get_context("fork").Process(target=train, args=(1, out), daemon=True)
-    other.start()
-    train(0, out)
-    other.join()
-    sys.exit(other.exitcode)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    train(int(sys.argv[1]), Path(sys.argv[2]))
