@@ -11,6 +11,7 @@ A trailing group of capitals in a name is its shape: `advantages_BCN`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,20 +35,37 @@ class Batch:
         steps_T = torch.arange(self.tokens_BT.shape[1], device=self.tokens_BT.device)
         return steps_T[None, :] < self.lengths_B[:, None]
 
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """`lengths_B` on the host; asking waits for the device, unless the batch came from the host."""
+        return tuple(self.lengths_B.tolist())
+
+    @cached_property
+    def labels(self) -> int:
+        """How many tokens are labels of next-token prediction; kept like `lengths`."""
+        starts = (1,) * len(self) if self.loss_from_B is None else self.loss_from_B.tolist()
+        return sum(max(0, n - max(start, 1)) for n, start in zip(self.lengths, starts, strict=True))
+
+    @property
+    def padded_B(self) -> Tensor | None:
+        """`lengths_B`, or None when no row is padded."""
+        return None if min(self.lengths) == self.tokens_BT.shape[1] else self.lengths_B
+
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            self.tokens_BT.to(device),
-            self.lengths_B.to(device),
-            None if self.loss_from_B is None else self.loss_from_B.to(device),
+        """The batch on another device, without waiting for it."""
+        there = Batch(
+            upload(self.tokens_BT, device),
+            upload(self.lengths_B, device),
+            None if self.loss_from_B is None else upload(self.loss_from_B, device),
         )
+        there.__dict__.update(lengths=self.lengths, labels=self.labels)
+        return there
 
     def rows(self, start: int, stop: int) -> Batch:
         """Rows `start` to `stop`, cut to the longest of them."""
-        lengths_B = self.lengths_B[start:stop]
-        longest = int(lengths_B.max())
         return Batch(
-            self.tokens_BT[start:stop, :longest],
-            lengths_B,
+            self.tokens_BT[start:stop, : max(self.lengths[start:stop])],
+            self.lengths_B[start:stop],
             None if self.loss_from_B is None else self.loss_from_B[start:stop],
         )
 
@@ -57,7 +75,7 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Real tokens in the batch."""
-        return int(self.lengths_B.sum())
+        return sum(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -83,8 +101,23 @@ class Losses:
     ntp_count: int
     policy_sum: Tensor
     policy_count: int
-    facts: dict[str, float] = field(default_factory=dict)
-    """What the step report says of this micro-batch (means over the micro-batch)."""
+    told: dict[str, Tensor] = field(default_factory=dict)
+    """What the step report says of this micro-batch (means over the micro-batch): scalars on the device."""
+
+    @cached_property
+    def facts(self) -> dict[str, float]:
+        """`told` on the host; asking waits for the device, once."""
+        if not self.told:
+            return {}
+        return dict(
+            zip(self.told, torch.stack([x.detach().double() for x in self.told.values()]).tolist(), strict=True)
+        )
+
+
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on a device, copied from the host without waiting for what the device is doing."""
+    to_cuda = x.device.type == "cpu" and torch.device(device).type == "cuda"
+    return x.pin_memory().to(device, non_blocking=True) if to_cuda else x.to(device)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ runs. Nothing here knows of models, training or evaluation.
 
 from refine_kernels.delta_rule import DeltaRule, delta_rule
 from refine_kernels.lact import LaCT, lact
-from refine_kernels.linear_head import linear_head
+from refine_kernels.linear_head import Known, linear_head
+from refine_kernels.lookup import Lookup, Tap, tapped
 from refine_kernels.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
 from refine_kernels.short_conv import last_inputs, short_conv
 from refine_kernels.swiglu import swiglu, swiglu_linear
@@ -15,7 +16,10 @@ from refine_kernels.window_attention import window_attention
 
 __all__ = [
     "DeltaRule",
+    "Known",
     "LaCT",
+    "Lookup",
+    "Tap",
     "add_rms_norm",
     "delta_rule",
     "gated_rms_norm",
@@ -26,5 +30,6 @@ __all__ = [
     "short_conv",
     "swiglu",
     "swiglu_linear",
+    "tapped",
     "window_attention",
 ]

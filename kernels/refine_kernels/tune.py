@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from refine_kernels import fla
 from refine_kernels.delta_rule import delta_rule
+from refine_kernels.lookup import Lookup
 
 TOKENS = 8192
 
@@ -72,5 +73,6 @@ def _run(shape: Shape) -> None:
     start = torch.zeros(B, H, shape.keys, shape.values, device="cuda").requires_grad_()
     for state in (None, start):
         rule = delta_rule(q, k, v, beta, state, g_BTH=g, boundaries=True, impl="fused")
-        assert rule.boundaries_BNHKV is not None
-        (rule.outputs_BTHV.float().sum() + rule.state_BHKV.sum() + rule.boundaries_BNHKV.float().sum()).backward()
+        assert rule.boundaries is not None
+        forked = rule.boundaries.pick(Lookup(torch.zeros(1, dtype=torch.int64, device=q.device)))
+        (rule.outputs_BTHV.float().sum() + rule.state_BHKV.sum() + forked.float().sum()).backward()

@@ -7,7 +7,9 @@ such position can be drawn, the tail included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refine_harness.errors import DataError
+from refine_harness.types import upload
 
 Rule = Literal["entropy", "uniform", "argmax", "argmin"]
 
@@ -28,15 +31,18 @@ def pooled_entropy(entropy_BT: Tensor, lengths_B: Tensor, window: int) -> Tensor
     width = window + 1 - window % 2
     steps_T = torch.arange(entropy_BT.shape[1], device=entropy_BT.device)
     real_BT = (steps_T < lengths_B[:, None] - 1).to(entropy_BT.dtype)
-    kernel = entropy_BT.new_ones(1, 1, width)
-    sums_BT = F.conv1d((entropy_BT * real_BT)[:, None], kernel, padding=width // 2)[:, 0]
-    counts_BT = F.conv1d(real_BT[:, None], kernel, padding=width // 2)[:, 0]
-    return sums_BT / counts_BT.clamp(min=1)
+
+    def sums(x_BT: Tensor) -> Tensor:
+        return F.avg_pool2d(x_BT[:, None, None], (1, width), stride=1, padding=(0, width // 2), divisor_override=1)[
+            :, 0, 0
+        ]
+
+    return sums(entropy_BT * real_BT) / sums(real_BT).clamp(min=1)
 
 
 def pick_positions(
     entropy_BT: Tensor,
-    lengths_B: Tensor,
+    lengths: Sequence[int],
     *,
     chunks: int,
     length: int,
@@ -46,35 +52,44 @@ def pick_positions(
     """One position per chunk, int64 [B, C]: the last token that a rollout of `length` tokens has read.
 
     Drawn from softmax(pooled entropy) within the chunk (`entropy`), evenly (`uniform`), or at the chunk's highest or
-    lowest pooled entropy (`argmax`, `argmin`). rng: one CPU generator per document, so that a document's draws do not
-    depend on its neighbours. Raises DataError when a document has no room for c chunks and k tokens.
+    lowest pooled entropy (`argmax`, `argmin`). Nothing here waits for the device.
+
+    Args:
+        entropy_BT: in nats, of the prediction of token t + 1.
+        lengths: real tokens of each document, on the host.
+        rng: one CPU generator per document, so that a document's draws do not depend on its neighbours.
+
+    Raises DataError when a document has no room for c chunks and k tokens.
     """
-    pooled_BT = pooled_entropy(entropy_BT, lengths_B, length).double().cpu()
-    rows: list[list[int]] = []
-    for pooled_T, tokens, generator in zip(pooled_BT, lengths_B.tolist(), rng, strict=True):
-        usable = tokens - length
-        if usable < chunks:
+    C, device = chunks, entropy_BT.device
+    for tokens in lengths:
+        if tokens - length < C:
             raise DataError(
-                f"a document of {tokens} tokens has no room for {chunks} chunks and rollouts of {length} tokens; "
-                f"it needs {chunks + length}. Lower algorithm.chunks or algorithm.rollout_length, or use "
+                f"a document of {tokens} tokens has no room for {C} chunks and rollouts of {length} tokens; "
+                f"it needs {C + length}. Lower algorithm.chunks or algorithm.rollout_length, or use "
                 f"longer documents."
             )
-        draws_C = torch.rand(chunks, generator=generator, dtype=torch.float64)
-        edges = [i * usable // chunks for i in range(chunks + 1)]
-        rows.append(
-            [
-                start + _pick(pooled_T[start:stop], rule, draw)
-                for start, stop, draw in zip(edges[:-1], edges[1:], draws_C, strict=True)
-            ]
-        )
-    return torch.tensor(rows, device=entropy_BT.device)
-
-
-def _pick(pooled_S: Tensor, rule: Rule, draw: Tensor) -> int:
-    """An index into one chunk; `draw` is uniform in [0, 1)."""
+    draws_BC = upload(draw_uniforms(rng, C), device)
+    edges = [[i * (tokens - length) // C for i in range(C + 1)] for tokens in lengths]
+    widest = max(stop - start for row in edges for start, stop in pairwise(row))
+    edges_BE = upload(torch.tensor(edges), device)
+    start_BC1, stop_BC1 = edges_BE[:, :-1, None], edges_BE[:, 1:, None]
+    at_BCS = start_BC1 + torch.arange(widest, device=device)
+    inside_BCS = at_BCS < stop_BC1
+    lengths_B = upload(torch.tensor(tuple(lengths)), device)
+    pooled_BT = pooled_entropy(entropy_BT.double(), lengths_B, length)
+    pooled_BCS = pooled_BT.gather(1, at_BCS.clamp(max=pooled_BT.shape[1] - 1).flatten(1)).view(at_BCS.shape)
     if rule == "argmax":
-        return int(pooled_S.argmax())
+        return (start_BC1[..., 0] + pooled_BCS.masked_fill(~inside_BCS, -math.inf).argmax(-1)).contiguous()
     if rule == "argmin":
-        return int(pooled_S.argmin())
-    weights_S = pooled_S.softmax(0) if rule == "entropy" else torch.full_like(pooled_S, 1 / len(pooled_S))
-    return min(int(torch.searchsorted(weights_S.cumsum(0), draw, right=True)), len(pooled_S) - 1)
+        return (start_BC1[..., 0] + pooled_BCS.masked_fill(~inside_BCS, math.inf).argmin(-1)).contiguous()
+    scores_BCS = pooled_BCS if rule == "entropy" else torch.zeros_like(pooled_BCS)
+    ladder_BCS = scores_BCS.masked_fill(~inside_BCS, -math.inf).softmax(-1).cumsum(-1)
+    # The first step of the ladder above the draw; rounding can leave the last one a little below 1.
+    below_BC = ((ladder_BCS <= draws_BC[..., None]) & inside_BCS).sum(-1)
+    return start_BC1[..., 0] + torch.minimum(below_BC, (stop_BC1 - start_BC1)[..., 0] - 1)
+
+
+def draw_uniforms(rng: Sequence[torch.Generator], count: int) -> Tensor:
+    """[B, count] uniform numbers in [0, 1), float64, row b from generator b."""
+    return torch.stack([torch.rand(count, generator=generator, dtype=torch.float64) for generator in rng])

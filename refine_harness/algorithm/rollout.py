@@ -9,8 +9,6 @@ distribution at the sampling temperature, here as in the update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -42,7 +40,9 @@ def continue_from(
         scaled_RV = _wide(model.logits(hidden_RD)) / algorithm.temperature
         allowed_RV = scaled_RV
         if algorithm.suppress_end and model.config.eos_token_id is not None:
-            allowed_RV = scaled_RV.index_fill(1, _ends(model, scaled_RV.device), -torch.inf)
+            allowed_RV = scaled_RV.clone()
+            for end in _ends(model):
+                allowed_RV[:, end] = -torch.inf
         tokens.append(sample(allowed_RV, uniforms_R, top_k=algorithm.top_k, top_p=algorithm.top_p))
         logprobs.append(scaled_RV.gather(1, tokens[-1][:, None])[:, 0] - scaled_RV.logsumexp(-1))
     return torch.stack(tokens, 1), torch.stack(logprobs, 1)
@@ -82,11 +82,6 @@ def _nucleus(probs_RV: Tensor, top_p: float) -> Tensor:
     return probs_RV.masked_fill(torch.zeros_like(outside_RV).scatter(1, order_RV, outside_RV), 0)
 
 
-def _ends(model: FastWeightLM, device: torch.device) -> Tensor:
+def _ends(model: FastWeightLM) -> list[int]:
     ends = model.config.eos_token_id
-    return torch.as_tensor(ends if isinstance(ends, list) else [ends], device=device)
-
-
-def draw_uniforms(rng: Sequence[torch.Generator], count: int) -> Tensor:
-    """[B, count] uniform numbers, row b from generator b."""
-    return torch.stack([torch.rand(count, generator=generator, dtype=torch.float64) for generator in rng])
+    return ends if isinstance(ends, list) else [ends]

@@ -15,17 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from refine_kernels import Known
 from torch import Tensor
 
 from refine_harness.algorithm.advantage import group_advantages, spreadless_share
 from refine_harness.algorithm.loss import importance_ratio, kl_estimate, label_mask, policy_loss
-from refine_harness.algorithm.positions import pick_positions
+from refine_harness.algorithm.positions import draw_uniforms, pick_positions
 from refine_harness.algorithm.reward import PARTS, rewards_of
-from refine_harness.algorithm.rollout import continue_from, draw_uniforms
+from refine_harness.algorithm.rollout import continue_from
 from refine_harness.config import Algorithm
 from refine_harness.models.base import FastWeightLM, Reading
 from refine_harness.models.state import State
-from refine_harness.types import Batch, Losses, Rollouts
+from refine_harness.types import Batch, Losses, Rollouts, upload
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Experience:
     advantages_BCN: Tensor
     reference_BCNK: Tensor | None
     """Log-probability of each sampled token under the frozen reference; None without a KL term."""
-    facts: dict[str, float]
+    told: dict[str, Tensor]
+    """What the step report says of them: scalars on the device."""
 
     def rows(self, start: int, stop: int) -> Experience:
         """The part of it that belongs to some documents."""
@@ -46,7 +48,7 @@ class Experience:
             self.rollouts.positions_BC[some], self.rollouts.tokens_BCNK[some], self.rollouts.logprobs_BCNK[some]
         )
         reference_BCNK = None if self.reference_BCNK is None else self.reference_BCNK[some]
-        return Experience(rollouts, self.rewards_BCN[some], self.advantages_BCN[some], reference_BCNK, self.facts)
+        return Experience(rollouts, self.rewards_BCN[some], self.advantages_BCN[some], reference_BCNK, self.told)
 
 
 def refine_step(
@@ -68,14 +70,16 @@ def refine_step(
     Returns both losses as sums, attached; the KL term is part of the policy loss. With lambda_rl = 0 this is next-token
     prediction and nothing else.
     """
-    reading = model.read(batch.tokens_BT, lengths=batch.lengths_B, forkable=algorithm.lambda_rl > 0)
-    logprobs_BT, entropy_BT = next_token(model, reading, batch)
+    learns = algorithm.lambda_rl > 0
+    reading = model.read(batch.tokens_BT, lengths=batch.padded_B, forkable=learns)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not learns):
+        predicted = next_token(model, reading, batch)
+    entropy_BT = predicted[1]
     labels_BT = label_mask(batch.lengths_B, batch.loss_from_B, batch.tokens_BT.shape[1])
-    ntp = -(logprobs_BT * labels_BT).sum()
-    count = int(labels_BT.sum())
-    entropies = {"entropy": _mean(entropy_BT, labels_BT)}
-    if algorithm.lambda_rl == 0:
-        return Losses(ntp, count, torch.zeros_like(ntp), 0, _numbers(entropies))
+    told = {"entropy": _mean(entropy_BT, labels_BT)}
+    if not learns:
+        ntp = -(predicted[0] * labels_BT).sum()
+        return Losses(ntp, batch.labels, torch.zeros_like(ntp), 0, told)
 
     if experience is None:
         rollouts, states = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
@@ -96,13 +100,16 @@ def refine_step(
         clip_high=algorithm.clip_high,
         dual_clip=algorithm.dual_clip,
     )
-    entropies["entropy_chosen"] = entropy_BT.gather(1, rollouts.positions_BC).mean()
-    facts = entropies | _drift(logprobs_BCNK.detach(), old_BCNK, algorithm)
+    told["entropy_chosen"] = entropy_BT.gather(1, rollouts.positions_BC).mean()
+    told |= experience.told | _drift(logprobs_BCNK.detach(), old_BCNK, algorithm)
     if experience.reference_BCNK is not None:
         kl_BCNK = kl_estimate(logprobs_BCNK, experience.reference_BCNK)
         losses_BCNK = losses_BCNK + algorithm.kl_weight * kl_BCNK
-        facts["kl"] = kl_BCNK.detach().mean()
-    return Losses(ntp, count, losses_BCNK.sum(), losses_BCNK.numel(), {**experience.facts, **_numbers(facts)})
+        told["kl"] = kl_BCNK.detach().mean()
+    # Attached last, so that the backward pass begins with the head's large products: the device is busy with them
+    # while the many small operations of the rollouts' backward are launched.
+    ntp = -(next_token(model, reading, batch, predicted)[0] * labels_BT).sum()
+    return Losses(ntp, batch.labels, losses_BCNK.sum(), losses_BCNK.numel(), told)
 
 
 @torch.no_grad()
@@ -114,19 +121,23 @@ def collect(
     reference: FastWeightLM | None = None,
 ) -> Experience:
     """The front half of a step without gradients: rollouts for several optimizer steps to learn from."""
-    reading = model.read(batch.tokens_BT, lengths=batch.lengths_B)
-    _, entropy_BT = next_token(model, reading, batch)
+    reading = model.read(batch.tokens_BT, lengths=batch.padded_B)
+    entropy_BT = next_token(model, reading, batch)[1]
     rollouts, states = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
     logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, rollouts, states, algorithm)
     return judge(batch, reading, rollouts, logprobs_BCNK, hidden_BCNKD, algorithm, reference)
 
 
-def next_token(model: FastWeightLM, reading: Reading, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probability of every next token (attached) and entropy of every prediction, both [B, T - 1], in nats."""
+def next_token(model: FastWeightLM, reading: Reading, batch: Batch, known: Known | None = None) -> Known:
+    """Log-probability of every next token, entropy and log-normaliser of every prediction, each [B, T - 1], in nats.
+
+    known: what an earlier call without gradients returned; the log-probabilities are now attached.
+    """
     B, T = batch.tokens_BT.shape
     hidden_MD, labels_M = reading.hidden[:, :-1].flatten(0, 1), batch.tokens_BT[:, 1:].flatten()
-    logprobs_M, entropy_M = model.label_logprobs(hidden_MD, labels_M)
-    return logprobs_M.view(B, T - 1), entropy_M.view(B, T - 1)
+    flat = None if known is None else (known[0].flatten(), known[1].flatten(), known[2].flatten())
+    logprobs_M, entropy_M, normaliser_M = model.label_logprobs(hidden_MD, labels_M, flat)
+    return logprobs_M.view(B, T - 1), entropy_M.view(B, T - 1), normaliser_M.view(B, T - 1)
 
 
 def sample_rollouts(
@@ -139,8 +150,8 @@ def sample_rollouts(
 ) -> tuple[Rollouts, State]:
     """Rollouts, with the log-probabilities of their decoding, and the attached states they start from (R rows)."""
     C, N, K = algorithm.chunks, algorithm.rollouts, algorithm.rollout_length
-    positions_BC = pick_positions(entropy_BT, batch.lengths_B, chunks=C, length=K, rule=algorithm.positions, rng=rng)
-    uniforms_RK = draw_uniforms(rng, C * N * K).view(-1, K).to(entropy_BT.device)
+    positions_BC = pick_positions(entropy_BT, batch.lengths, chunks=C, length=K, rule=algorithm.positions, rng=rng)
+    uniforms_RK = upload(draw_uniforms(rng, C * N * K).view(-1, K), entropy_BT.device)
     states = reading.states_at(positions_BC).repeat(N)
     hidden_RD = reading.at(positions_BC).flatten(0, 1).repeat_interleave(N, 0)
     tokens_RK, sampled_RK = continue_from(model, states.detach(), hidden_RD.detach(), uniforms_RK, algorithm)
@@ -159,7 +170,7 @@ def read_rollouts(
     first_RD = reading.at(positions_BC).flatten(0, 1).repeat_interleave(tokens_BCNK.shape[2], 0)
     hidden_RKD = model.read(tokens_RK, states, forkable=False).hidden
     before_RKD = torch.cat((first_RD[:, None], hidden_RKD[:, :-1]), 1)
-    logprobs_M, _ = model.label_logprobs(before_RKD.flatten(0, 1) / algorithm.temperature, tokens_RK.flatten())
+    logprobs_M, _, _ = model.label_logprobs(before_RKD.flatten(0, 1) / algorithm.temperature, tokens_RK.flatten())
     return logprobs_M.view(tokens_BCNK.shape), hidden_RKD.view(*tokens_BCNK.shape, -1)
 
 
@@ -187,13 +198,13 @@ def judge(
     rewards_BCN = rewards_of(algorithm.reward, *views)
     advantages_BCN = group_advantages(rewards_BCN, over=algorithm.group, scale=algorithm.advantage_scale)
     reference_BCNK = reference_logprobs(reference, batch, rollouts, algorithm) if algorithm.kl_weight > 0 else None
-    facts = _spread("reward", rewards_BCN)
+    told = _spread("reward", rewards_BCN)
     for part in PARTS.get(algorithm.reward, ()):
-        facts |= _spread(f"reward_{part}", rewards_of(part, *views))
-    facts["spreadless"] = spreadless_share(rewards_BCN, algorithm.group)
-    facts["sampling_gap"] = (rollouts.logprobs_BCNK - logprobs_BCNK).abs().max()
+        told |= _spread(f"reward_{part}", rewards_of(part, *views))
+    told["spreadless"] = spreadless_share(rewards_BCN, algorithm.group)
+    told["sampling_gap"] = (rollouts.logprobs_BCNK - logprobs_BCNK).abs().max()
     rollouts = replace(rollouts, logprobs_BCNK=logprobs_BCNK.detach())
-    return Experience(rollouts, rewards_BCN, advantages_BCN, reference_BCNK, _numbers(facts))
+    return Experience(rollouts, rewards_BCN, advantages_BCN, reference_BCNK, told)
 
 
 @torch.no_grad()
@@ -203,12 +214,12 @@ def reference_logprobs(
     """Log-probabilities [B, C, N, K] of the rollouts under another model, from its own reading and its own forks."""
     if reference is None:
         raise ValueError("kl_weight is above 0, so the step needs the reference model")
-    reading = reference.read(batch.tokens_BT, lengths=batch.lengths_B)
+    reading = reference.read(batch.tokens_BT, lengths=batch.padded_B)
     states = reading.states_at(rollouts.positions_BC).repeat(rollouts.tokens_BCNK.shape[2])
     return read_rollouts(reference, reading, rollouts, states, algorithm)[0]
 
 
-# What a step says of itself. Each fact is a scalar on the device until `_numbers` fetches all of them at once.
+# What a step says of itself: scalars that stay on the device until `Losses.facts` fetches all of them at once.
 
 
 def _drift(logprobs_BCNK: Tensor, old_BCNK: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:
@@ -230,9 +241,3 @@ def _spread(name: str, x_BCN: Tensor) -> dict[str, Tensor]:
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-def _numbers(facts: dict[str, Tensor]) -> dict[str, float]:
-    """The facts on the host, waiting for the device once."""
-    values = torch.stack([fact.detach().double() for fact in facts.values()]).tolist()
-    return dict(zip(facts, values, strict=True))

@@ -8,14 +8,14 @@ is the whole interface to training and evaluation. `forward` gives the same to t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from refine_kernels import linear_head
+from refine_kernels import Known, linear_head
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -43,6 +43,8 @@ class Rows:
     """`seen_B` on the host, for models that ask for it with `host_rows`."""
     lengths: tuple[int, ...] | None = None
     """Real tokens of each row on the host, likewise."""
+    memo: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What layers of one kind work out once for all of them."""
 
     @cached_property
     def positions_BT(self) -> Tensor:
@@ -237,9 +239,12 @@ class FastWeightLM(PreTrainedModel):
         """Next-token logits [..., V] of hidden states [..., D] after the final norm."""
         return F.linear(hidden, self.head_weight)
 
-    def label_logprobs(self, hidden_MD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of each row's label and entropy of its distribution, without M × V logits."""
-        return linear_head(hidden_MD, self.head_weight, labels_M)
+    def label_logprobs(self, hidden_MD: Tensor, labels_M: Tensor, known: Known | None = None) -> Known:
+        """Log-probability of each row's label, entropy and log-normaliser of its distribution, without M × V logits.
+
+        known: what a call without gradients returned, to be attached now (see `refine_kernels.linear_head`).
+        """
+        return linear_head(hidden_MD, self.head_weight, labels_M, known=known)
 
     def forward(
         self,

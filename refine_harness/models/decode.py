@@ -1,8 +1,9 @@
 """Reading one token per row, over and over: on a GPU as one CUDA graph, so that no time goes into launching operations.
 
 A decoder owns memory for the state of R rows and a graph that reads a token of each into it. Recording the graph costs
-about as much as a few plain steps, so decoders are kept with the model and used again for any R rows. Where a graph
-cannot be used (no GPU, a state that grows with the text) every step is a plain `read`; the numbers are the same.
+about as much as a few plain steps, so decoders are kept with the model and used again for any R rows; and rows are
+filled up to a power of two, so that a handful of graphs serves every number of them. Where a graph cannot be used (no
+GPU, a state that grows with the text) every step is a plain `read` of just the rows that there are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from refine_harness.models.base import FastWeightLM
 from refine_harness.models.state import State
 
-KEPT = 4
+KEPT = 8
 """Recorded decoders per model; the one used longest ago goes first."""
 WARM_UP = 2
 """Plain steps before recording, in which kernels are compiled and libraries take their workspaces."""
@@ -31,29 +32,41 @@ class Decoder:
 
     def __init__(self, model: FastWeightLM, state: State):
         self._model = model
-        self._state = state
-        self._graph = _recorded(model, state)
+        self._rows = len(state)
+        self._graph = None
+        if _recordable(model, state):
+            full = _filled(state, 1 << (len(state) - 1).bit_length())
+            self._graph = _recorded(model, full)
+            if self._graph is not None:
+                state = full
+                self._graph.load(full)
         self._seen = list(state.seen) if model.host_rows else [0] * len(state)
-        if self._graph is not None:
-            self._graph.load(state)
+        self._plain = None if self._graph is not None else state
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Read one token per row; hidden states [R, D] after the final norm, valid until the next step."""
         ordinary = self._model.ordinary_step(self._seen)
         self._seen = [n + 1 for n in self._seen]
-        if self._graph is not None and ordinary:
-            return self._graph.step(tokens_R)
-        reading = self._model.read(tokens_R[:, None], self.state, forkable=False)
-        if self._graph is not None:
-            self._graph.load(reading.state)
-        else:
-            self._state = reading.state
-        return reading.hidden[:, 0]
+        if self._graph is None:
+            reading = self._model.read(tokens_R[:, None], self._plain, forkable=False)
+            self._plain = reading.state
+            return reading.hidden[:, 0]
+        if len(self._seen) > self._rows:
+            tokens_R = torch.cat((tokens_R, tokens_R[-1:].expand(len(self._seen) - self._rows)))
+        if ordinary:
+            return self._graph.step(tokens_R)[: self._rows]
+        reading = self._model.read(tokens_R[:, None], self._graph.state, forkable=False)
+        self._graph.load(reading.state)
+        return reading.hidden[: self._rows, 0]
 
     @property
     def state(self) -> State:
         """The states now. With a graph they are the decoder's own memory: `clone` what must outlive the next step."""
-        return self._state if self._graph is None else self._graph.state
+        if self._graph is None:
+            assert self._plain is not None
+            return self._plain
+        full = self._graph.state
+        return full if len(full) == self._rows else full.select(slice(self._rows))
 
 
 class _Graph:
@@ -99,13 +112,21 @@ def _copy(source: State, target: State) -> None:
     target.seen_R.copy_(source.seen_R)
 
 
+def _filled(state: State, rows: int) -> State:
+    """So many rows: those there are, and the last one again and again, which goes on as it does and is not heard."""
+    n = len(state)
+    return state if n == rows else state.select([*range(n), *[n - 1] * (rows - n)])
+
+
 _DECODERS: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, _Graph]] = weakref.WeakKeyDictionary()
 
 
+def _recordable(model: FastWeightLM, state: State) -> bool:
+    return state.seen_R.device.type == "cuda" and model.fixed_state and not torch.is_grad_enabled()
+
+
 def _recorded(model: FastWeightLM, state: State) -> _Graph | None:
-    """A graph for these rows, recorded now or before; None where there can be none."""
-    if state.seen_R.device.type != "cuda" or not model.fixed_state or torch.is_grad_enabled():
-        return None
+    """A graph for these rows, recorded now or before; None where it cannot be recorded."""
     kept = _DECODERS.setdefault(model, OrderedDict())
     shapes = tuple((name, x.shape, x.dtype) for layer in state.layers for name, x in layer.items())
     where = tuple(p.data_ptr() for p in model.parameters())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from refine_kernels import delta_rule, last_inputs, short_conv
+from refine_kernels import Lookup, delta_rule, last_inputs, short_conv, tapped
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -198,59 +198,117 @@ class DeltaMixer(FastWeightLayer):
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
         before = state or {}
-        inputs = {"q": self.q_proj(x_BTD), "k": self.k_proj(x_BTD), "v": self.v_proj(x_BTD)}
+        tap = None
+        if forkable:
+            x_BTD, tap = tapped(x_BTD)
+        inputs = self._inputs(x_BTD)
         q_BTGK, k_BTGK = (self.query_or_key(name, inputs[name], before) for name in "qk")
-        v_BTHV = self.mixed("v", inputs["v"], before).unflatten(-1, (self.heads.values, -1))
-        beta_BTH, g_BTH = self.strengths(x_BTD)
-        if rows.real_BT is not None:  # a pad writes with strength zero and forgets nothing
-            beta_BTH = beta_BTH * rows.real_BT[..., None]
-            g_BTH = None if g_BTH is None else g_BTH * rows.real_BT[..., None]
+        v_BTHV = self._values(inputs["v"], before)
+        beta_BTH, g_BTH = self._strengths(x_BTD, rows.real_BT)
         rule = delta_rule(q_BTGK, k_BTGK, v_BTHV, beta_BTH, before.get("memory"), g_BTH=g_BTH, boundaries=forkable)
         o_BTHV = rule.outputs_BTHV
         o_BTHV = self.o_norm(o_BTHV, self.g_proj(x_BTD).view_as(o_BTHV)) if self.gated else self.o_norm(o_BTHV)
-        after = {"memory": rule.state_BHKV, **self._inputs_at(inputs, before, rows.ends_B1)}
-        tape = {
-            "k": k_BTGK,
-            "v": v_BTHV,
-            "beta": beta_BTH,
-            "g": g_BTH,
-            "rule": rule,
-            "inputs": inputs,
-            "before": before,
-        }
+        after = {"memory": rule.state_BHKV}
+        if self.use_short_conv:
+            for name, input_BTX in inputs.items():
+                name = f"{name}_inputs"
+                after[name] = last_inputs(input_BTX, before.get(name), rows.ends_B1, self.taps)
+        tape = {"x": tap, "grid": rule.boundaries, "stride": rule.stride, "rows": rows, "before": before}
         return self.o_proj(o_BTHV.flatten(2)), after, tape if forkable else None
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
-        """The grid state before each position's chunk, and the delta rule over the few tokens since."""
-        B, T = tape["beta"].shape[:2]
-        rule, device = tape["rule"], positions_BC.device
-        read_BC = positions_BC + 1
-        rows_B1 = torch.arange(B, device=device)[:, None]
-        grid_BC = (read_BC - 1).clamp(min=0) // rule.stride
-        memory_RHKV = rule.boundaries_BNHKV[rows_B1, grid_BC].flatten(0, 1)
-        at_BCL = grid_BC[..., None] * rule.stride + torch.arange(min(rule.stride, T), device=device)
-        since_RL1 = (at_BCL < read_BC[..., None]).flatten(0, 1)[..., None]
-        at_BCL = at_BCL.clamp(max=T - 1)
+        """The memory before each position's chunk, and the few tokens since, read again from the layer's own inputs."""
+        P = self.taps - 1
+        spots = _spots(tape["rows"], positions_BC, tape["stride"], P)
+        x_RMD = tape["x"].pick(spots.tokens).view(len(spots.real_RL), -1, tape["x"].value.shape[-1])
+        inputs = self._inputs(x_RMD)
+        if P:  # what stands before the text's first token is not its tokens but the state that it started from
+            inputs = {
+                name: self._started(x_RMX, tape["before"].get(f"{name}_inputs"), spots)
+                for name, x_RMX in inputs.items()
+            }
+        before = {f"{name}_inputs": x_RMX[:, :P] for name, x_RMX in inputs.items()} if P else {}
+        k_RLGK = self.query_or_key("k", inputs["k"][:, P:], before)
+        v_RLHV = self._values(inputs["v"][:, P:], before)
+        beta_RLH, g_RLH = self._strengths(x_RMD[:, P:], spots.real_RL)
+        rule = delta_rule(k_RLGK, k_RLGK, v_RLHV, beta_RLH, tape["grid"].pick(spots.grid).to(_wide(x_RMD)), g_BTH=g_RLH)
+        after = {"memory": rule.state_BHKV}
+        for name, x_RMX in inputs.items() if P else ():
+            at_RPX = spots.last_RP[..., None].expand(-1, -1, x_RMX.shape[-1])
+            after[f"{name}_inputs"] = x_RMX.gather(1, at_RPX)
+        return after
 
-        def piece(name: str) -> Tensor:
-            """The tokens after the grid state and some more, [R, L, ...]."""
-            return tape[name][rows_B1[..., None], at_BCL].flatten(0, 1)
+    def _inputs(self, x_BTD: Tensor) -> dict[str, Tensor]:
+        """What the convolutions read."""
+        return {"q": self.q_proj(x_BTD), "k": self.k_proj(x_BTD), "v": self.v_proj(x_BTD)}
 
-        k_RLGK, beta_RLH = piece("k"), piece("beta") * since_RL1
-        g_RLH = None if tape["g"] is None else piece("g") * since_RL1
-        replay = delta_rule(k_RLGK, k_RLGK, piece("v"), beta_RLH, memory_RHKV, g_BTH=g_RLH)
-        return {"memory": replay.state_BHKV, **self._inputs_at(tape["inputs"], tape["before"], positions_BC)}
+    def _values(self, input_BTX: Tensor, before: dict[str, Tensor]) -> Tensor:
+        """Values [B, T, H, V]."""
+        return self.mixed("v", input_BTX, before).unflatten(-1, (self.heads.values, -1))
 
-    def _inputs_at(
-        self, inputs: dict[str, Tensor], before: dict[str, Tensor], positions_BC: Tensor
-    ) -> dict[str, Tensor]:
-        """The state of each convolution at those positions."""
-        if self.taps == 1:
-            return {}
-        return {
-            f"{name}_inputs": last_inputs(x_BTD, before.get(f"{name}_inputs"), positions_BC, self.taps)
-            for name, x_BTD in inputs.items()
-        }
+    def _strengths(self, x_BTD: Tensor, real_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """As `strengths`, but a pad writes with strength zero and forgets nothing."""
+        beta_BTH, g_BTH = self.strengths(x_BTD)
+        if real_BT is None:
+            return beta_BTH, g_BTH
+        return beta_BTH * real_BT[..., None], None if g_BTH is None else g_BTH * real_BT[..., None]
+
+    def _started(self, x_RMX: Tensor, before_BPX: Tensor | None, spots: _Spots) -> Tensor:
+        """The inputs of a fork's tokens, those before the text's start from the state that the reading started from."""
+        if before_BPX is None:
+            return x_RMX * spots.inside_RM[..., None]
+        earlier_RPX = before_BPX.to(x_RMX.dtype)[spots.rows_R]
+        P = earlier_RPX.shape[1]
+        # A fork in the text's first chunk starts where the text does; all others have P tokens before them.
+        first_RPX = torch.where(spots.inside_RM[:, :P, None], x_RMX[:, :P], earlier_RPX)
+        return torch.cat((first_RPX, x_RMX[:, P:]), 1)
+
+
+@dataclass(frozen=True)
+class _Spots:
+    """Where forks find what they need; the same for all layers. R = B·C forks, M = P + L tokens of each."""
+
+    grid: Lookup
+    """The state before the position's chunk."""
+    tokens: Lookup
+    """The P tokens before the chunk, and its own L; others stand for those that do not exist."""
+    inside_RM: Tensor
+    """bool, whether there is such a token."""
+    real_RL: Tensor
+    """bool, whether a token of the chunk is at or before the position."""
+    last_RP: Tensor
+    """int64, which of the M tokens are the last P up to the position."""
+    rows_R: Tensor
+    """int64, row of the batch."""
+
+
+def _spots(rows: Rows, positions_BC: Tensor, stride: int, P: int) -> _Spots:
+    """For forks at these positions of a reading; made once for all layers."""
+    kept = rows.memo.get("spots")
+    if kept is not None and kept[0] is positions_BC and kept[1:3] == (stride, P):
+        return kept[3]
+    device, (B, C) = positions_BC.device, positions_BC.shape
+    read_R = (positions_BC + 1).reshape(-1)
+    rows_R = torch.arange(B, device=device).repeat_interleave(C)
+    chunk_R = (read_R - 1).clamp(min=0) // stride
+    at_RM = (chunk_R * stride)[:, None] + torch.arange(-P, min(stride, rows.T), device=device)
+    inside_RM = (at_RM >= 0) & (at_RM < rows.T)
+    tokens_RM = rows_R[:, None] * rows.T + at_RM.clamp(min=0, max=rows.T - 1)
+    since_R1 = (read_R - chunk_R * stride)[:, None]
+    spots = _Spots(
+        Lookup(rows_R * -(-rows.T // stride) + chunk_R),
+        Lookup(tokens_RM.flatten()),
+        inside_RM,
+        at_RM[:, P:] < read_R[:, None],
+        since_R1 + torch.arange(P, device=device),
+        rows_R,
+    )
+    rows.memo["spots"] = (positions_BC, stride, P, spots)
+    return spots
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class DeltaLM(CausalLM):

@@ -339,7 +339,7 @@ class Trainer:
         set_rate(self.optimizer, rate)
         self.objective.train()
         self.optimizer.zero_grad(set_to_none=True)
-        sums, facts = [0.0, 0.0, 0.0], _Facts()
+        told: list[tuple[Tensor, Losses, int]] = []
         for index, piece in enumerate(pieces):
             synced = index == len(pieces) - 1
             with contextlib.nullcontext() if synced else self.accelerator.no_sync(self.objective):
@@ -349,9 +349,13 @@ class Trainer:
                 loss = ntp + policy if piece.algorithm.lambda_rl > 0 else ntp
                 # DDP and FSDP average the processes' gradients; the counts above are already over all of them.
                 self.accelerator.backward(loss * self.world_size if self.world_size > 1 else loss)
-            parts = torch.stack((loss, losses.ntp_sum / max(labels, 1.0), losses.policy_sum / max(actions, 1.0)))
-            sums = [total + part for total, part in zip(sums, parts.tolist(), strict=True)]
-            facts.add(losses.facts, len(piece.batch))
+            parts_3 = torch.stack((loss, losses.ntp_sum / max(labels, 1.0), losses.policy_sum / max(actions, 1.0)))
+            told.append((parts_3.detach(), losses, len(piece.batch)))
+            del loss, ntp, policy, losses
+        sums, facts = [0.0, 0.0, 0.0], _Facts()
+        for parts_3, losses, documents in told:  # only now: asking for a number waits for the device
+            sums = [total + part for total, part in zip(sums, parts_3.tolist(), strict=True)]
+            facts.add(losses.facts, documents)
         loss_sum, ntp_loss, policy_loss = self._over_processes(sums)
         self._require_finite("loss", loss_sum, number, rate)
         norm = float(cast(Tensor, self.accelerator.clip_grad_norm_(self.parameters.values(), config.optim.grad_norm)))

@@ -29,7 +29,7 @@ def test_pooling_averages_what_exists():
 def test_each_chunk_gives_one_position_with_k_tokens_after_it(rule):
     entropy = torch.rand(1, 103)
     for seed in range(20):
-        (row,) = pick_positions(entropy, torch.tensor([103]), chunks=8, length=5, rule=rule, rng=rng(seed)).tolist()
+        (row,) = pick_positions(entropy, [103], chunks=8, length=5, rule=rule, rng=rng(seed)).tolist()
         edges = [i * 98 // 8 for i in range(9)]
         assert all(a <= p < b for p, a, b in zip(row, edges, edges[1:], strict=False))
         assert row[-1] + 5 <= 102
@@ -38,15 +38,15 @@ def test_each_chunk_gives_one_position_with_k_tokens_after_it(rule):
 def test_argmax_and_argmin_find_the_extremes():
     entropy = torch.zeros(1, 40)
     entropy[0, 7], entropy[0, 30] = 9.0, -9.0
-    high = pick_positions(entropy, torch.tensor([40]), chunks=1, length=1, rule="argmax", rng=rng())
-    low = pick_positions(entropy, torch.tensor([40]), chunks=1, length=1, rule="argmin", rng=rng())
+    high = pick_positions(entropy, [40], chunks=1, length=1, rule="argmax", rng=rng())
+    low = pick_positions(entropy, [40], chunks=1, length=1, rule="argmin", rng=rng())
     assert (high.item(), low.item()) == (7, 30)
 
 
 def test_entropy_positions_follow_the_softmax():
     entropy = torch.tensor([[0.0, 2.0, 1.0, 0.0]])
     drawn = [
-        pick_positions(entropy, torch.tensor([4]), chunks=1, length=1, rule="entropy", rng=rng(s)).item()
+        pick_positions(entropy, [4], chunks=1, length=1, rule="entropy", rng=rng(s)).item()
         for s in range(4000)
     ]
     want = torch.tensor([0.0, 2.0, 1.0]).softmax(0)
@@ -56,7 +56,7 @@ def test_entropy_positions_follow_the_softmax():
 
 def test_the_last_usable_position_can_be_drawn():
     drawn = {
-        pick_positions(torch.zeros(1, 23), torch.tensor([23]), chunks=4, length=3, rule="uniform", rng=rng(s))[
+        pick_positions(torch.zeros(1, 23), [23], chunks=4, length=3, rule="uniform", rng=rng(s))[
             0, -1
         ].item()
         for s in range(200)

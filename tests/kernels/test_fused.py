@@ -27,7 +27,16 @@ if not (ON_GPU or INTERPRETED):
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
 
 else:
-    from refine_kernels import add_rms_norm, gated_rms_norm, linear_head, rms_norm, short_conv, swiglu, swiglu_linear
+    from refine_kernels import (
+        Lookup,
+        add_rms_norm,
+        gated_rms_norm,
+        linear_head,
+        rms_norm,
+        short_conv,
+        swiglu,
+        swiglu_linear,
+    )
     from refine_kernels.delta_rule.fused import state_gradients
     from refine_kernels.linear_head import fused as head
     from refine_kernels.testing import assert_close, poisoned
@@ -112,7 +121,7 @@ else:
         labels = torch.randint(V, (M,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
         def both(hidden, weight, impl):
-            logprob, entropy = linear_head(hidden, weight, labels, impl=impl)
+            logprob, entropy, _ = linear_head(hidden, weight, labels, impl=impl)
             return (logprob, entropy + 0 * logprob)  # the entropy alone carries no gradient
 
         compare(both, [draw(M, D, dtype=dtype), draw(V, D, dtype=dtype, seed=2)])
@@ -127,13 +136,19 @@ else:
         q, k = (draw(B, T, G, K, dtype=dtype, seed=s).detach() * 0.3 for s in (0, 1))
         w, do, dv = (draw(B, T, H, X, dtype=dtype, seed=s).detach() * 0.1 for s, X in ((2, K), (3, V), (4, V)))
         dafter = draw(B, H, K, V, seed=5).detach()
-        dgrid = draw(B, N, H, K, V, dtype=dtype, seed=6).detach() if forks else None
+        # Two forks of one state among them.
+        lookup = Lookup(torch.tensor([0, B * N - 1, 0, N // 2]))
+        brought = draw(4, H, K, V, dtype=dtype, seed=6).detach()
+        arrivals = (lookup, lookup.summed(brought)) if forks else None
+        dgrid = torch.zeros(B * N, H, K, V, dtype=torch.float64)
+        lookup.add(brought.double(), dgrid)
+        dgrid = dgrid.unflatten(0, (B, N))
         g = None
         if decay:
             g = -draw(B, T, H, seed=8).detach().abs() * 0.05
             g = torch.cat([piece.cumsum(1) for piece in g.split(64, 1)], 1).contiguous()
         with poisoned():
-            dh, dstart, dv2 = state_gradients(q, k, w, do, dv, g, dafter, dgrid, 0.7, True)
+            dh, dstart, dv2 = state_gradients(q, k, w, do, dv, g, dafter, arrivals, 0.7, True)
         # The definition, a chunk at a time, in float64.
         each = [x.double() for x in (q.repeat_interleave(H // G, 2), k.repeat_interleave(H // G, 2), w, do, dv)]
         wanted_dh, wanted_dv, S = [], [], dafter.double()
@@ -145,8 +160,8 @@ else:
             dv_n = dv_n + (k_n @ S) * torch.exp2(last - g_n)
             wanted_dv.insert(0, dv_n.transpose(1, 2))
             S = torch.exp2(last) * S + 0.7 * (q_n * torch.exp2(g_n)).mT @ do_n - w_n.mT @ dv_n
-            if dgrid is not None:
-                S = S + dgrid[:, n].double()
+            if forks:
+                S = S + dgrid[:, n]
         loose = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         assert_close(dh, torch.stack(wanted_dh, 1), "states")
         assert_close(dv2, torch.cat(wanted_dv, 1), "what was written")

@@ -36,7 +36,7 @@ def delta_rule(
         state_BHKV: the state to start from; None for zeros. float32, or float64 for float64 inputs.
         g_BTH: log of the decay, at most 0, float32 or wider; None for a memory that never fades.
         scale: of the outputs; None for K**-0.5.
-        boundaries: whether to return the states on the grid.
+        boundaries: whether to return the states on the grid, to be looked up.
         impl: see `refine_kernels.choose`.
 
     Returns `DeltaRule`: outputs in the dtype of v, states in float32 (float64 for float64 inputs). All of it

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from refine_kernels import fla
 from refine_kernels.delta_rule.reference import DeltaRule
+from refine_kernels.lookup import Lookup, Tap, Waiting, anchor_like
 from refine_kernels.runtime import ceiling, why_no_triton
 
 CHUNK = 64
@@ -27,6 +28,8 @@ LARGEST_KEY = 256
 FEW = 32
 """Up to so many tokens are read one after another where no gradient is wanted: faster than a padded chunk."""
 LOG2_E = 1.4426950408889634
+
+Arrivals = tuple[Lookup, Tensor]
 
 
 def why_not(x: Tensor, decay: bool = False) -> str | None:
@@ -61,13 +64,16 @@ def delta_rule(
             q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state, output_final_state=True
         )
         return DeltaRule(outputs, after, None, 1)
-    outputs, after, grid = _Chunked.apply(q, k, v, beta, g, state, scale, boundaries)  # pyright: ignore[reportGeneralTypeIssues]
-    return DeltaRule(outputs, after, grid, CHUNK)
+    waiting: Waiting = []
+    outputs, after, grid, anchor = _Chunked.apply(q, k, v, beta, g, state, scale, boundaries, waiting)  # pyright: ignore[reportGeneralTypeIssues]
+    if not boundaries:
+        return DeltaRule(outputs, after, None, CHUNK)
+    return DeltaRule(outputs, after, Tap(grid, anchor if outputs.requires_grad else None, waiting), CHUNK)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, g, state, scale, boundaries):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, q, k, v, beta, g, state, scale, boundaries, waiting):  # pyright: ignore[reportIncompatibleMethodOverride]
         if g is not None:
             g = fla.ops("utils.cumsum").chunk_local_cumsum(g, chunk_size=CHUNK, scale=LOG2_E)
         w, u, A = fla.ops("gated_delta_rule.chunk_fwd").chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=g, beta=beta)
@@ -76,12 +82,15 @@ class _Chunked(torch.autograd.Function):
         )
         o = fla.ops("common.chunk_o").chunk_fwd_o(q=q, k=k, v=written, h=h, g=g, scale=scale)
         ctx.save_for_backward(q, k, v, beta, g, A, state)
-        ctx.scale = scale
+        ctx.scale, ctx.waiting = scale, waiting
         ctx.set_materialize_grads(False)
-        return o, after, h if boundaries else None
+        if not boundaries:
+            return o, after, None, None
+        ctx.mark_non_differentiable(h)
+        return o, after, h, anchor_like(h)
 
     @staticmethod
-    def backward(ctx, do, dafter, dgrid):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, do, dafter, _grid, _anchor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, beta, g, A, state = ctx.saved_tensors
         scale = ctx.scale
         do = torch.zeros_like(v) if do is None else do.contiguous()
@@ -91,7 +100,8 @@ class _Chunked(torch.autograd.Function):
             k=k, w=w, u=u, g=g, initial_state=state, output_final_state=False
         )
         dwritten = chunk_o.chunk_bwd_dv_local(q=q, k=k, do=do, g=g, scale=scale)
-        dh, dstate, dwritten = state_gradients(q, k, w, do, dwritten, g, dafter, dgrid, scale, state is not None)
+        forks = _arrivals(ctx.waiting)
+        dh, dstate, dwritten = state_gradients(q, k, w, do, dwritten, g, dafter, forks, scale, state is not None)
         dq, dk, dw, dg = chunk_o.chunk_bwd_dqkwg(
             q=q, k=k, v=written, w=w, g=g, h=h, dv=dwritten, do=do, dh=dh, scale=scale
         )
@@ -99,7 +109,20 @@ class _Chunked(torch.autograd.Function):
         dk.add_(dk2)
         if g is not None:
             dg = fla.ops("utils.cumsum").chunk_local_cumsum(dg.add_(dg2), chunk_size=CHUNK, reverse=True)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg, dstate, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg, dstate, None, None, None
+
+
+def _arrivals(waiting: Waiting) -> Arrivals | None:
+    """What forks bring, one entry for each state that was forked."""
+    if not waiting:
+        return None
+    if len(waiting) == 1:
+        lookup, gradient = waiting[0]
+    else:
+        lookup = Lookup(torch.cat([each.rows_M for each, _ in waiting]))
+        gradient = torch.cat([gradient for _, gradient in waiting])
+    waiting.clear()
+    return lookup, lookup.summed(gradient)
 
 
 def state_gradients(
@@ -110,7 +133,7 @@ def state_gradients(
     dv_BTHV: Tensor,
     g_BTH: Tensor | None,
     dafter_BHKV: Tensor | None,
-    dgrid_BNHKV: Tensor | None,
+    forks: Arrivals | None,
     scale: float,
     wants_start: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -118,13 +141,15 @@ def state_gradients(
 
     With dS the gradient of the state after a chunk, s the chunk's own and L its last token:
 
-        dv' = dv + exp2(g_L - g) (k dS)       dS_before = exp2(g_L) dS + scale (exp2(g) q)^T do - w^T dv' + dgrid
+        dv' = dv + exp2(g_L - g) (k dS)       dS_before = exp2(g_L) dS + scale (exp2(g) q)^T do - w^T dv' + forks'
 
     Args:
         w_BTHK: the W of the chunks' solved systems.
         dv_BTHV: gradient of what was written, through the outputs of the same chunk.
         g_BTH: base-2 log decay summed within each chunk, float32.
-        dafter_BHKV: gradient of the last state. dgrid_BNHKV: of the states at the chunks' starts, which forks bring.
+        dafter_BHKV: gradient of the last state.
+        forks: which states at the chunks' starts were forked, counted over rows and chunks, and the gradients
+            [M, H, K, V] that they bring, all but zeros at the first of equal entries.
         wants_start: whether the gradient of the first state is asked for.
 
     Returns dS after each chunk [B, N, H, K, V] in the dtype of q, of the first state (float32) and dv'.
@@ -136,14 +161,19 @@ def state_gradients(
     dstart = torch.empty(B, H, K, V, dtype=torch.float32, device=q_BTGK.device) if wants_start else None
     dv2 = torch.empty_like(dv_BTHV)
     BV = min(32, max(16, triton.next_power_of_2(V)))
+    entry_BN, dforks_MHKV = None, None
+    if forks is not None:
+        lookup, dforks_MHKV = forks
+        entry_BN = torch.full((B * N,), -1, dtype=torch.int64, device=q_BTGK.device)
+        entry_BN[lookup.rows_M] = lookup.firsts_M
+        dforks_MHKV = dforks_MHKV.contiguous()
     with torch.cuda.device_of(q_BTGK):
         _state_gradients_kernel[(ceiling(V, BV), B * H)](
             q_BTGK, k_BTGK, w_BTHK, do_BTHV, dv_BTHV, g_BTH,
             None if dafter_BHKV is None else dafter_BHKV.contiguous(),
-            None if dgrid_BNHKV is None else dgrid_BNHKV.contiguous(),
-            dh, dstart, dv2, scale, T,
+            entry_BN, dforks_MHKV, dh, dstart, dv2, scale, T,
             G=G, H=H, K=K, V=V, L=CHUNK, BK=max(16, triton.next_power_of_2(K)), BV=BV,
-            DECAY=g_BTH is not None, AFTER=dafter_BHKV is not None, FORKS=dgrid_BNHKV is not None, START=wants_start,
+            DECAY=g_BTH is not None, AFTER=dafter_BHKV is not None, FORKS=forks is not None, START=wants_start,
             num_warps=4, num_stages=2,
         )  # fmt: skip
     return dh, dstart, dv2
@@ -151,7 +181,7 @@ def state_gradients(
 
 @triton.jit
 def _state_gradients_kernel(
-    q, k, w, do, dv, g, dafter, dgrid, dh, dstart, dv2, scale, T,
+    q, k, w, do, dv, g, dafter, entries, dforks, dh, dstart, dv2, scale, T,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, AFTER: tl.constexpr, FORKS: tl.constexpr, START: tl.constexpr,
@@ -194,6 +224,8 @@ def _state_gradients_kernel(
         b_dh += tl.dot(tl.trans(b_q), b_do) * scale
         b_dh -= tl.dot(tl.trans(b_w), b_dv.to(b_w.dtype))
         if FORKS:
-            b_dh += tl.load(dgrid + chunk + of_state, mask=in_state, other=0).to(tl.float32)
+            entry = tl.load(entries + row * N + n)
+            fork = (tl.maximum(entry, 0) * H + head) * K * V
+            b_dh += tl.load(dforks + fork + of_state, mask=in_state & (entry >= 0), other=0).to(tl.float32)
     if START:
         tl.store(dstart + (row * H + head) * K * V + of_state, b_dh, mask=in_state)

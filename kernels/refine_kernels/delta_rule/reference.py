@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refine_kernels.lookup import Tap, tapped
+
 CHUNK = 64
 
 
@@ -29,8 +31,8 @@ class DeltaRule(NamedTuple):
     outputs_BTHV: Tensor
     state_BHKV: Tensor
     """After the last token."""
-    boundaries_BNHKV: Tensor | None
-    """States before each chunk: after 0, stride, 2·stride, ... tokens, all before the last."""
+    boundaries: Tap | None
+    """States before each chunk [B, N, H, K, V]: after 0, stride, 2·stride, ... tokens, all before the last."""
     stride: int
     """Tokens between two boundaries."""
 
@@ -103,7 +105,7 @@ def delta_rule(
 
         o = scaled * (q @ torch.stack(before, 1) + torch.tril(inside) @ torch.stack(written, 1))
         o_BTHV = o.view(B, H, N * L, V).transpose(1, 2)[:, :T].to(v_BTHV.dtype)
-        grid = torch.stack(before, 1).view(B, H, N, K, V).transpose(1, 2) if boundaries else None
+        grid = tapped(torch.stack(before, 1).view(B, H, N, K, V).transpose(1, 2))[1] if boundaries else None
     return DeltaRule(o_BTHV, S.view(B, H, K, V), grid, L)
 
 

@@ -7,8 +7,9 @@ from typing import Literal
 from torch import Tensor
 
 from refine_kernels.choose import choose
+from refine_kernels.linear_head.reference import Known
 
-__all__ = ["linear_head"]
+__all__ = ["Known", "linear_head"]
 
 
 def linear_head(
@@ -16,21 +17,26 @@ def linear_head(
     weight_VD: Tensor,
     labels_M: Tensor,
     *,
+    known: Known | None = None,
     impl: Literal["auto", "reference", "plain", "fused"] = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Known:
     """log softmax(hidden @ weight^T)[label] and the entropy of softmax(hidden @ weight^T), in nats.
 
     Args:
         hidden_MD: M rows of hidden states, after the final norm.
         weight_VD: the output embedding.
         labels_M: int64, one label per row.
+        known: what a call for the same rows returned that was made without gradients; it is returned again, attached,
+            and nothing is computed. So a caller decides when autograd meets this operation: it goes backward from
+            the last operation to the first.
         impl: see `refine_kernels.choose`; `plain` is a third one, which stores the M × V logits that the others
             never do and says in five lines what they mean.
 
-    Returns log-probabilities [M] (differentiable) and entropies [M] (no gradient), float32, or float64 for float64.
+    Returns log-probabilities [M] (differentiable), entropies and log-normalisers [M] (no gradient), float32, or float64
+    for float64.
     """
     if impl == "plain":
         from refine_kernels.linear_head import plain
 
         return plain.linear_head(hidden_MD, weight_VD, labels_M)
-    return choose(__name__, impl, hidden_MD).linear_head(hidden_MD, weight_VD, labels_M)
+    return choose(__name__, impl, hidden_MD).linear_head(hidden_MD, weight_VD, labels_M, known)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refine_kernels.linear_head.reference import Known, copies
 from refine_kernels.runtime import ceiling, compute_dtype, why_no_triton
 
 LOGITS = 1 << 28
@@ -28,32 +29,23 @@ def why_not(x: Tensor) -> str | None:
     return why_no_triton(x)
 
 
-def linear_head(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> tuple[Tensor, Tensor]:
+def linear_head(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, known: Known | None = None) -> Known:
     """See `refine_kernels.linear_head.linear_head`."""
     dtype = compute_dtype(hidden_MD)
-    return _LinearHead.apply(hidden_MD.to(dtype), weight_VD.to(dtype), labels_M)  # pyright: ignore[reportReturnType]
+    return _LinearHead.apply(hidden_MD.to(dtype), weight_VD.to(dtype), labels_M, known)  # pyright: ignore[reportReturnType]
 
 
 class _LinearHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_MD, weight_VD, labels_M):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, hidden_MD, weight_VD, labels_M, known):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_MD, labels_M = hidden_MD.contiguous(), labels_M.contiguous()
-        logprob_M = torch.empty(hidden_MD.shape[0], dtype=torch.float32, device=hidden_MD.device)
-        entropy_M, normaliser_M = torch.empty_like(logprob_M), torch.empty_like(logprob_M)
-        for rows in _pieces(hidden_MD, weight_VD):
-            logits_RV = _logits(hidden_MD[rows], weight_VD)
-            R, V = logits_RV.shape
-            with torch.cuda.device_of(hidden_MD):
-                _forward_kernel[(R,)](
-                    logits_RV, labels_M[rows], logprob_M[rows], entropy_M[rows], normaliser_M[rows], V,
-                    BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=8,
-                )  # fmt: skip
+        logprob_M, entropy_M, normaliser_M = _rated(hidden_MD, weight_VD, labels_M) if known is None else copies(known)
         ctx.save_for_backward(hidden_MD, weight_VD, labels_M, normaliser_M)
-        ctx.mark_non_differentiable(entropy_M)
-        return logprob_M, entropy_M
+        ctx.mark_non_differentiable(entropy_M, normaliser_M)
+        return logprob_M, entropy_M, normaliser_M
 
     @staticmethod
-    def backward(ctx, grad_M, _entropy):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad_M, _entropy, _normaliser):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_MD, weight_VD, labels_M, normaliser_M = ctx.saved_tensors
         grad_M = grad_M.float().contiguous()
         dhidden_MD = torch.empty_like(hidden_MD)
@@ -71,7 +63,21 @@ class _LinearHead(torch.autograd.Function):
             # Pieces are summed in float32, so that their number does not matter.
             dweight_VD = share_VD if dweight_VD is None else dweight_VD.float().add_(share_VD)
         dweight_VD = torch.zeros_like(weight_VD) if dweight_VD is None else dweight_VD
-        return dhidden_MD, dweight_VD.to(weight_VD.dtype), None
+        return dhidden_MD, dweight_VD.to(weight_VD.dtype), None, None
+
+
+def _rated(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Known:
+    logprob_M = torch.empty(hidden_MD.shape[0], dtype=torch.float32, device=hidden_MD.device)
+    entropy_M, normaliser_M = torch.empty_like(logprob_M), torch.empty_like(logprob_M)
+    for rows in _pieces(hidden_MD, weight_VD):
+        logits_RV = _logits(hidden_MD[rows], weight_VD)
+        R, V = logits_RV.shape
+        with torch.cuda.device_of(hidden_MD):
+            _forward_kernel[(R,)](
+                logits_RV, labels_M[rows], logprob_M[rows], entropy_M[rows], normaliser_M[rows], V,
+                BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=8,
+            )  # fmt: skip
+    return logprob_M, entropy_M, normaliser_M
 
 
 def _logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
