@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from refine_kernels.testing import MODEL_TOLERANCE, relative_error
 from report import Row, median_seconds, publish
-from shapes import DELTANET_1B, LACT_760M
+from shapes import DELTANET_1B, LACT_760M, build
 from torch import Tensor
 
 from refine_harness.models.base import FastWeightLM
 from refine_harness.models.decode import Decoder
-from refine_harness.models.load import MODELS
 from refine_harness.models.state import State
 
 PIECE = 16384
@@ -46,7 +45,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(name: str, shape: dict[str, Any], goal: float | None, asked: Any) -> list[Row]:
-    model = build(shape)
+    model = build(shape).eval()
     prompt = torch.randint(3, 32000, (1, asked.prompt), generator=torch.Generator().manual_seed(0)).cuda()
     rows: list[Row] = []
 
@@ -85,15 +84,6 @@ def measure(name: str, shape: dict[str, Any], goal: float | None, asked: Any) ->
     return rows
 
 
-def build(shape: dict[str, Any]) -> FastWeightLM:
-    settings, family = MODELS[shape["model_type"]]
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = family(settings(**{key: value for key, value in shape.items() if key != "model_type"}))
-    torch.nn.Module.to(model, torch.bfloat16)
-    return model.eval()
-
-
 def read(model: FastWeightLM, prompt: Tensor) -> tuple[State, Tensor]:
     """The state after the prompt, and the hidden state of its last token, in pieces of constant size."""
     state = hidden_1D = None
@@ -128,6 +118,7 @@ def by_rereading(model: FastWeightLM, prompt: Tensor, tokens: Tensor) -> Tensor:
 
 
 def peak(model: FastWeightLM, text: Tensor) -> float:
+    """Bytes at most in use while the text is read, weights included."""
     torch.cuda.reset_peak_memory_stats()
     read(model, text)
     return float(torch.cuda.max_memory_allocated())

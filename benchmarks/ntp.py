@@ -10,7 +10,6 @@ deep stack of random ones rounding decides (`parity.py` compares trained weights
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from refine_kernels.testing import MODEL_TOLERANCE, relative_error
-from report import Row, publish
+from report import Row, peak_bytes, publish
 from shapes import DELTANET_1B
 
 from refine_harness.algorithm import refine_step
@@ -61,7 +60,7 @@ def main() -> None:
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    peaks = {name: peak(steps[name], model) for name, model in (("ours", ours), ("stock", stock))}
+    peaks = {name: peak_bytes(fresh(steps[name], model)) for name, model in (("ours", ours), ("stock", stock))}
     for _ in range(asked.repeats):
         for name, model in (("ours", ours), ("stock", stock)):
             seconds[name].append(timed(steps[name], model))
@@ -121,16 +120,15 @@ def timed(step: Callable[[], Any], model: Any) -> float:
     return time.perf_counter() - started
 
 
-def peak(step: Callable[[], Any], model: Any) -> float:
-    """Bytes at most in use during a step, over what was in use before it (the other model, and both gradients)."""
-    for p in model.parameters():
-        p.grad = None
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return float(torch.cuda.max_memory_allocated() - before)
+def fresh(step: Callable[[], Any], model: Any) -> Callable[[], Any]:
+    """The step with gradients that are not there yet, which it then makes."""
+
+    def run() -> None:
+        for p in model.parameters():
+            p.grad = None
+        step()
+
+    return run
 
 
 if __name__ == "__main__":

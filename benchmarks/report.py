@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import statistics
@@ -43,6 +44,26 @@ def median_seconds(run: Callable[[], object], *, repeats: int, warm_up: int = 1)
         if number >= warm_up:
             seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def peak_bytes(run: Callable[[], object]) -> float:
+    """Bytes at most in use on the GPU during a call, over what was in use before it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return float(torch.cuda.max_memory_allocated() - before)
+
+
+def at_most(name: str, value: float, goal: float | None, n: int, unit: str = "ratio") -> Row:
+    """A row that passes when the value is no larger than the goal; without a goal it only says."""
+    return Row(name, value, unit, n) if goal is None else Row(name, value, unit, n, f"at most {goal:g}", value <= goal)
+
+
+def at_least(name: str, value: float, goal: float | None, n: int, unit: str = "ratio") -> Row:
+    """A row that passes when the value is no smaller than the goal; without a goal it only says."""
+    return Row(name, value, unit, n) if goal is None else Row(name, value, unit, n, f"at least {goal:g}", value >= goal)
 
 
 def time_row(name: str, seconds: Sequence[float]) -> Row:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from refine_harness.models import FastWeightLM
+from refine_harness.models.load import MODELS
+
 DELTANET_1B: dict[str, Any] = {
     "model_type": "delta_net",
     "hidden_size": 2048,
@@ -28,3 +33,15 @@ LACT_760M: dict[str, Any] = {
     "vocab_size": 32000,
 }
 """The 760M model of YunjinZhang/lact_llm."""
+
+SHAPES: dict[str, dict[str, Any]] = {"deltanet-1b": DELTANET_1B, "lact-760m": LACT_760M}
+
+
+def build(shape: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> FastWeightLM:
+    """A model of that shape with random weights, on the GPU where there is one."""
+    settings, family = MODELS[shape["model_type"]]
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = family(settings(**{key: value for key, value in shape.items() if key != "model_type"}))
+    torch.nn.Module.to(model, dtype)
+    return model

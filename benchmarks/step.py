@@ -12,32 +12,38 @@ stops if they differ.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from refine_kernels.testing import MODEL_TOLERANCE, TOLERANCE, relative_error
-from report import Row, median_seconds, publish, time_row
-from shapes import DELTANET_1B, LACT_760M
+from report import Row, at_least, at_most, median_seconds, peak_bytes, publish, time_row
+from shapes import SHAPES, build
+from torch import Tensor
 
 from refine_harness.algorithm import collect, refine_step
+from refine_harness.algorithm.loss import policy_loss
 from refine_harness.algorithm.rereading import refine_step_by_rereading
+from refine_harness.algorithm.step import next_token
 from refine_harness.config import Algorithm
 from refine_harness.models import FastWeightLM, load_model
-from refine_harness.models.load import MODELS
-from refine_harness.types import Batch, Losses
+from refine_harness.types import Batch, Losses, Rollouts
 
 NTP = Algorithm(lambda_rl=0.0)
 REFINE = Algorithm(rollouts_from="step")
 MANY = Algorithm(rollouts_from="step", rollouts=8)
 PEAK = {"NVIDIA H200": 790e12, "NVIDIA H100": 790e12}
 """Measured rate of large bfloat16 matrix products, in FLOP/s, by the start of a GPU's name."""
-SHAPES: dict[str, dict[str, Any]] = {"deltanet-1b": DELTANET_1B, "lact-760m": LACT_760M}
 GOALS = {
-    "deltanet-1b": {"step": 1.15, "many": 1.4, "rereading": 10.0},
-    "lact-760m": {"step": 1.25, "many": 1.4, "rereading": 20.0},
+    "deltanet-1b": {"step": 1.15, "many": 1.4, "rereading": 10.0, "memory": 1.2, "share": 0.5, "longest": 131072},
+    "lact-760m": {"step": 1.25, "many": 1.4, "rereading": 20.0, "memory": 1.2, "share": 0.5},
 }
+LONGEST = (65536, 131072, 196608)
+"""Lengths of one document that are tried with activation checkpointing, in order."""
 
 
 def main() -> None:
@@ -57,8 +63,11 @@ def main() -> None:
         raise SystemExit(f"the forked step's gradients are off by {error:.2e}; allowed are {allowed:.0e}")
     del exact
     batch = documents(model, asked.tokens, asked.documents)
-    rows = measure(model, batch, GOALS.get(asked.shape, {}), asked.repeats)
-    rows.append(Row("gradient error, forked from re-read", error, "relative", 1, f"at most {allowed:.0e}", True))
+    goals = GOALS.get(asked.shape, {})
+    rows = measure(model, batch, goals, asked.repeats)
+    rows.append(at_most("gradient error, forked from re-read", error, allowed, 1, "relative"))
+    if torch.cuda.is_available():
+        rows += longest(model, goals)
     print(publish("step" if asked.shape is None else f"step-{asked.shape}", rows))
 
 
@@ -68,14 +77,8 @@ def models(asked: argparse.Namespace) -> tuple[FastWeightLM, FastWeightLM, float
         exact, _ = load_model(asked.model, "cpu", "float64")
         model, _ = load_model(asked.model, asked.device, "float32")
         return model, exact, TOLERANCE[torch.float64]
-    shape = {**SHAPES[asked.shape], "num_hidden_layers": asked.layers}
-    settings, family = MODELS[shape.pop("model_type")]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    with torch.device(device):
-        model, small = (family(settings(**{**shape, "num_hidden_layers": n})) for n in (asked.layers, 2))
-    for each in (model, small):
-        torch.nn.Module.to(each, torch.bfloat16)
+    shape = SHAPES[asked.shape]
+    model, small = (build({**shape, "num_hidden_layers": layers}).train() for layers in (asked.layers, 2))
     table = "bfloat16, Muon" if shape.get("use_muon") else "bfloat16"
     return model, small, MODEL_TOLERANCE[table]["gradient"]
 
@@ -92,81 +95,162 @@ def rng(batch: Batch) -> list[torch.Generator]:
 
 
 def learn(model: FastWeightLM, losses: Losses) -> None:
-    """Forward is done; the backward of both losses, into gradients that are there."""
+    """Forward is done; the backward of both losses, as the trainer does it."""
     loss = losses.ntp_sum / losses.ntp_count
     if losses.policy_count:
-        loss = loss + 0.2 * losses.policy_sum / losses.policy_count
-    model.zero_grad(set_to_none=False)
+        loss = loss + REFINE.lambda_rl * losses.policy_sum / losses.policy_count
+    model.zero_grad(set_to_none=True)
     loss.backward()
 
 
+def step(model: FastWeightLM, batch: Batch, algorithm: Algorithm) -> None:
+    learn(model, refine_step(model, batch, algorithm, rng(batch)))
+
+
 def check(model: FastWeightLM, batch: Batch) -> float:
-    """The relative error of all gradients as one vector, forked against re-read."""
-    learn(model, refine_step(model, batch, REFINE, rng(batch)))
+    """The relative error of all gradients as one vector, forked against re-read; of the second step, which on a GPU
+    replays what the first one recorded."""
+    for _ in range(2):
+        step(model, batch, REFINE)
     forked = gradient(model)
     rollouts = collect(model, batch, REFINE, rng(batch)).rollouts
     learn(model, refine_step_by_rereading(model, batch, REFINE, rollouts))
     return relative_error(forked, gradient(model))
 
 
-def gradient(model: FastWeightLM) -> torch.Tensor:
+def gradient(model: FastWeightLM) -> Tensor:
     grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters())
     return torch.cat([x.double().flatten().cpu() for x in grads])
 
 
 def measure(model: FastWeightLM, batch: Batch, goals: dict[str, float], repeats: int) -> list[Row]:
     """Times, their ratios, and memory."""
-    rollouts = collect(model, batch, REFINE, rng(batch)).rollouts
     steps: dict[str, Callable[[], object]] = {
-        "NTP step": lambda: learn(model, refine_step(model, batch, NTP, [])),
-        "ReFINE step": lambda: learn(model, refine_step(model, batch, REFINE, rng(batch))),
-        "ReFINE step, 8 rollouts": lambda: learn(model, refine_step(model, batch, MANY, rng(batch))),
+        "NTP step": partial(step, model, batch, NTP),
+        "ReFINE step": partial(step, model, batch, REFINE),
+        "ReFINE step, 8 rollouts": partial(step, model, batch, MANY),
     }
-    seconds = {name: median_seconds(step, repeats=repeats, warm_up=2) for name, step in steps.items()}
-    peaks = {name: peak(step) for name, step in steps.items()} if torch.cuda.is_available() else {}
-    again = "re-reading step (update only)"
-    seconds[again] = median_seconds(
-        lambda: learn(model, refine_step_by_rereading(model, batch, REFINE, rollouts)), repeats=1
-    )
+    seconds = interleaved(steps, repeats)
+    peaks = {name: peak_bytes(run) for name, run in steps.items()} if torch.cuda.is_available() else {}
+    collected = collect(model, batch, REFINE, rng(batch))
+    for padded in (True, False):
+        name = f"the paper's flow, {'each prefix padded as released' if padded else 'without its padding'}"
+        flow = partial(paper_flow, model, batch, collected.rollouts, collected.advantages_BCN, padded=padded)
+        seconds[name] = median_seconds(flow, repeats=1, warm_up=0)
+        print(name, seconds[name], flush=True)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    ntp, refine, many = (median[name] for name in steps)
+    ntp, refine, many, padded_flow, bare_flow = median.values()
     rows = [time_row(name, values) for name, values in seconds.items()]
     rows += [
-        judged("ReFINE step / NTP step", refine / ntp, repeats, goals.get("step"), most=True),
-        judged("ReFINE step with 8 rollouts / NTP step", many / ntp, repeats, goals.get("many"), most=True),
-        judged(f"{again} / ReFINE step", median[again] / refine, 1, goals.get("rereading"), most=False),
+        at_most("ReFINE step / NTP step", refine / ntp, goals.get("step"), repeats),
+        at_most("ReFINE step with 8 rollouts / NTP step", many / ntp, goals.get("many"), repeats),
+        at_least("the paper's flow / ReFINE step", padded_flow / refine, goals.get("rereading"), 1),
+        at_least("the paper's flow without its padding / ReFINE step", bare_flow / refine, None, 1),
     ]
-    for name, most in peaks.items():
-        rows.append(Row(f"peak memory, {name}", most / 2**30, "GiB", 1))
+    rows += [Row(f"peak memory, {name}", most / 2**30, "GiB", 1) for name, most in peaks.items()]
     if peaks:
         ratio = peaks["ReFINE step"] / peaks["NTP step"]
-        rows.append(judged("peak memory, ReFINE step / NTP step", ratio, 1, 1.2 if goals else None, most=True))
+        rows.append(at_most("peak memory, ReFINE step / NTP step", ratio, goals.get("memory"), 1))
         rate = 6 * sum(p.numel() for p in model.parameters()) * batch.tokens / refine
-        known = [value for start, value in PEAK.items() if torch.cuda.get_device_name().startswith(start)]
-        if known:
-            goal = 0.5 if goals else None
-            rows.append(
-                judged("share of the bfloat16 matrix peak, ReFINE step", rate / known[0], repeats, goal, most=False)
-            )
+        for start, peak in PEAK.items():
+            if torch.cuda.get_device_name().startswith(start):
+                name = "share of the bfloat16 matrix peak, ReFINE step"
+                rows.append(at_least(name, rate / peak, goals.get("share"), repeats))
     rows.append(Row("tokens per step", float(batch.tokens), "tokens", 1))
     return rows
 
 
-def judged(name: str, value: float, n: int, goal: float | None, *, most: bool) -> Row:
-    if goal is None:
-        return Row(name, value, "ratio", n)
-    return Row(
-        name, value, "ratio", n, f"at {'most' if most else 'least'} {goal:g}", value <= goal if most else value >= goal
-    )
+def interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each step, one after another in turns, so that a GPU's drifting clock touches all alike."""
+    for run in steps.values():
+        for _ in range(2):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, run in steps.items():
+            seconds[name] += median_seconds(run, repeats=1, warm_up=0)
+    return seconds
 
 
-def peak(step: Callable[[], object]) -> float:
-    """Bytes at most in use during a step, over what was in use before it: weights and gradients stay."""
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return float(torch.cuda.max_memory_allocated() - before)
+def paper_flow(model: FastWeightLM, batch: Batch, rollouts: Rollouts, advantages_BCN: Tensor, *, padded: bool) -> None:
+    """The work of the released flow, with our kernels: every truncated prefix is read again from its start.
+
+    For its entropies the document is read once; to sample, every prefix is read, and then token by token (LaCT, whose
+    published code cannot go on from a state, reads the prefix again for each token); then prefix and rollout are read
+    for the old log-probabilities, and once more, with gradients, for the update, beside next-token prediction on the
+    document. `padded` reads every prefix at the length of its document, as released; else each alone at its own. The
+    positions and rollouts are those of our step, so that both learn the same.
+    """
+    model.zero_grad(set_to_none=True)
+    T, K = batch.tokens_BT.shape[1], rollouts.tokens_BCNK.shape[-1]
+    count = rollouts.tokens_BCNK.numel()
+    for b, positions in enumerate(rollouts.positions_BC.tolist()):
+        row = batch.rows(b, b + 1)
+        with torch.no_grad():
+            next_token(model, model.read(row.tokens_BT, forkable=False), row)
+        for c, position in enumerate(positions):
+            tokens_1K = rollouts.tokens_BCNK[b, c]
+            prefix_1P = row.tokens_BT[:, : position + 1]
+            whole_1S = torch.cat((prefix_1P, tokens_1K), 1)
+            read = partial(_reread, model, T=T + K if padded else None)
+            with torch.no_grad():
+                state = read(prefix_1P).state
+                for k in range(K - 1):
+                    if model.host_rows:
+                        read(torch.cat((prefix_1P, tokens_1K[:, : k + 1]), 1))
+                    else:
+                        state = model.read(tokens_1K[:, k : k + 1], state, forkable=False).state
+                _rollout_logprobs(model, read(whole_1S).hidden, position, tokens_1K)
+            logprobs_1K = _rollout_logprobs(model, read(whole_1S).hidden, position, tokens_1K)
+            shape = (1, 1, *logprobs_1K.shape)
+            loss = policy_loss(
+                logprobs_1K.view(shape),
+                logprobs_1K.detach().view(shape),
+                advantages_BCN[b : b + 1, c : c + 1],
+                loss=REFINE.loss,
+                clip_low=REFINE.clip_low,
+                clip_high=REFINE.clip_high,
+                dual_clip=REFINE.dual_clip,
+            )
+            (REFINE.lambda_rl * loss.sum() / count).backward()
+        ntp = refine_step(model, row, NTP, [])
+        (ntp.ntp_sum / batch.labels).backward()
+
+
+def _reread(model: FastWeightLM, tokens_1S: Tensor, *, T: int | None) -> Any:
+    S = tokens_1S.shape[1]
+    if T is None or T == S:
+        return model.read(tokens_1S, forkable=False)
+    padding_1P = tokens_1S.new_zeros(1, T - S)
+    lengths = torch.tensor([S], device=tokens_1S.device)
+    return model.read(torch.cat((tokens_1S, padding_1P), 1), lengths=lengths, forkable=False)
+
+
+def _rollout_logprobs(model: FastWeightLM, hidden_1SD: Tensor, position: int, tokens_1K: Tensor) -> Tensor:
+    K = tokens_1K.shape[1]
+    before_KD = hidden_1SD[0, position : position + K]
+    return model.label_logprobs(before_KD / REFINE.temperature, tokens_1K[0])[0][None]
+
+
+def longest(model: FastWeightLM, goals: dict[str, float]) -> list[Row]:
+    """How long a document may be for a ReFINE step with activation checkpointing, of the lengths tried."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    fits, rows = 0, []
+    for tokens in LONGEST:
+        model.zero_grad(set_to_none=True)
+        batch = documents(model, tokens, 1)
+        started = time.perf_counter()
+        try:
+            most = peak_bytes(partial(step, model, batch, REFINE))
+        except torch.OutOfMemoryError:
+            break
+        rows.append(Row(f"peak memory, {tokens} tokens, activation checkpointing", most / 2**30, "GiB", 1))
+        print(f"{tokens} tokens: {most / 2**30:.1f} GiB, {time.perf_counter() - started:.1f} s", flush=True)
+        fits = tokens
+    model.gradient_checkpointing_disable()
+    gc.collect()
+    name = "longest document tried that fits, activation checkpointing"
+    return [*rows, at_least(name, float(fits), goals.get("longest"), 1, "tokens")]
 
 
 if __name__ == "__main__":

@@ -233,6 +233,9 @@ class TrainConfig(Strict):
     """Of weights and optimizer."""
     autocast: Literal["auto", "no", "bf16"] = "auto"
     """Mixed precision of the forward pass; auto is bf16 on CUDA and none on a CPU."""
+    activation_checkpointing: bool = False
+    """Make activations again in the backward pass instead of keeping them: several times longer documents, a third more
+    time."""
     checkpoint_every: NonNegativeInt = 100
     """Optimizer steps between resumable checkpoints; 0 for the last step only."""
     algorithm: Algorithm = Algorithm()

@@ -10,7 +10,7 @@ A trailing group of capitals in a name is its shape: `advantages_BCN`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -103,6 +103,10 @@ class Losses:
     policy_count: int
     told: dict[str, Tensor] = field(default_factory=dict)
     """What the step report says of this micro-batch (means over the micro-batch): scalars on the device."""
+
+    def detach(self) -> Losses:
+        """The same numbers without their graphs."""
+        return replace(self, ntp_sum=self.ntp_sum.detach(), policy_sum=self.policy_sum.detach())
 
     @cached_property
     def facts(self) -> dict[str, float]:

@@ -85,7 +85,7 @@ def refine_step(
         rollouts, states = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
     else:
         rollouts = experience.rollouts
-        states = reading.states_at(rollouts.positions_BC).repeat(rollouts.tokens_BCNK.shape[2])
+        states = reading.states_at(rollouts.positions_BC, once=True).repeat(rollouts.tokens_BCNK.shape[2])
     logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, rollouts, states, algorithm)
     if experience is None:
         experience = judge(batch, reading, rollouts, logprobs_BCNK, hidden_BCNKD, algorithm, reference)
@@ -152,7 +152,7 @@ def sample_rollouts(
     C, N, K = algorithm.chunks, algorithm.rollouts, algorithm.rollout_length
     positions_BC = pick_positions(entropy_BT, batch.lengths, chunks=C, length=K, rule=algorithm.positions, rng=rng)
     uniforms_RK = upload(draw_uniforms(rng, C * N * K).view(-1, K), entropy_BT.device)
-    states = reading.states_at(positions_BC).repeat(N)
+    states = reading.states_at(positions_BC, once=True).repeat(N)
     hidden_RD = reading.at(positions_BC).flatten(0, 1).repeat_interleave(N, 0)
     tokens_RK, sampled_RK = continue_from(model, states.detach(), hidden_RD.detach(), uniforms_RK, algorithm)
     return Rollouts(positions_BC, tokens_RK.view(-1, C, N, K), sampled_RK.view(-1, C, N, K)), states
@@ -168,7 +168,7 @@ def read_rollouts(
     positions_BC, tokens_BCNK = rollouts.positions_BC, rollouts.tokens_BCNK
     tokens_RK = tokens_BCNK.flatten(0, 2)
     first_RD = reading.at(positions_BC).flatten(0, 1).repeat_interleave(tokens_BCNK.shape[2], 0)
-    hidden_RKD = model.read(tokens_RK, states, forkable=False).hidden
+    hidden_RKD = model.continued(tokens_RK, states)
     before_RKD = torch.cat((first_RD[:, None], hidden_RKD[:, :-1]), 1)
     logprobs_M, _, _ = model.label_logprobs(before_RKD.flatten(0, 1) / algorithm.temperature, tokens_RK.flatten())
     return logprobs_M.view(tokens_BCNK.shape), hidden_RKD.view(*tokens_BCNK.shape, -1)
@@ -215,7 +215,7 @@ def reference_logprobs(
     if reference is None:
         raise ValueError("kl_weight is above 0, so the step needs the reference model")
     reading = reference.read(batch.tokens_BT, lengths=batch.padded_B)
-    states = reading.states_at(rollouts.positions_BC).repeat(rollouts.tokens_BCNK.shape[2])
+    states = reading.states_at(rollouts.positions_BC, once=True).repeat(rollouts.tokens_BCNK.shape[2])
     return read_rollouts(reference, reading, rollouts, states, algorithm)[0]
 
 

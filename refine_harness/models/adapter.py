@@ -108,7 +108,7 @@ def adapted(model_class: type[PreTrainedModel]) -> type[AdaptedLM]:
 class AdaptedReading(Reading):
     """A reading whose model forks it."""
 
-    def states_at(self, positions_BC: Tensor) -> State:
+    def states_at(self, positions_BC: Tensor, *, once: bool = False) -> State:
         if self._tapes is None:
             return super().states_at(positions_BC)  # which says what is missing
         return cast(AdaptedLM, self._model).fork(self._tapes[0], positions_BC)

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from refine_harness.models.recorded import recorded
 from refine_harness.models.state import State
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -58,6 +59,11 @@ class Rows:
             return None
         return torch.arange(self.T, device=self.lengths_B.device) < self.lengths_B[:, None]
 
+    @property
+    def stops_B1(self) -> Tensor | None:
+        """`ends_B1`, or None when no row is padded."""
+        return None if self.lengths_B is None else self.ends_B1
+
     @cached_property
     def ends_B1(self) -> Tensor:
         """int64 [B, 1], index of each row's last real token."""
@@ -92,17 +98,18 @@ class Reading:
     _tapes: tuple[Tape, ...] | None
     _seen_B: Tensor
 
-    def states_at(self, positions_BC: Tensor) -> State:
+    def states_at(self, positions_BC: Tensor, *, once: bool = False) -> State:
         """The state after `tokens[b, : p + 1]` for every p in row b of positions; B·C rows, row-major.
 
         positions_BC: int64 in [-1, length of the row); -1 is the state that the reading started from.
+        once: the state may lie in memory that is used again after its backward, which makes repeated calls fast on a
+            GPU (see `recorded`).
         Exact, and differentiable: what is learned from a fork flows into the reading as if the prefix had been read
         again. Raises RuntimeError when the reading was made with forkable=False.
         """
         if self._tapes is None:
             raise RuntimeError("this reading kept no tape: call read(..., forkable=True) to fork it")
-        layers = zip(self._model.layers, self._tapes, strict=True)
-        forks = tuple(layer.fork(tape, positions_BC) for layer, tape in layers)
+        forks = self._model.fork_layers(self._tapes, positions_BC, once=once)
         return State(forks, (self._seen_B[:, None] + positions_BC + 1).reshape(-1))
 
     def at(self, positions_BC: Tensor) -> Tensor:
@@ -155,6 +162,9 @@ class FastWeightLM(PreTrainedModel):
     _is_stateful = True
     host_rows: ClassVar[bool] = False
     """Whether the layers need `Rows.seen` and `Rows.lengths`, which cost a wait for the device where there are any."""
+
+    recordable: bool = False
+    """Whether reading does the same operations whatever was read before, and waits for the device nowhere."""
 
     fixed_state: bool = True
     """Whether a state's shapes are the same after any text; a subclass or a model of which that is not true says so."""
@@ -210,6 +220,31 @@ class FastWeightLM(PreTrainedModel):
         if rows.seen is not None and rows.lengths is not None:
             after.assume_seen(tuple(a + b for a, b in zip(rows.seen, rows.lengths, strict=True)))
         return Reading(self.final_norm(x_BTD), after, self, tuple(tapes) if forkable else None, rows.seen_B)
+
+    def fork_layers(self, tapes: Sequence[Tape], positions_BC: Tensor, *, once: bool) -> tuple[dict[str, Tensor], ...]:
+        """Every layer's state at the positions; see `Reading.states_at`."""
+        return tuple(layer.fork(tape, positions_BC) for layer, tape in zip(self.layers, tapes, strict=True))
+
+    def continued(self, tokens_RK: Tensor, states: State) -> Tensor:
+        """Hidden states [R, K, D] of tokens read from states and read no further: on a GPU without time for launches.
+
+        They lie in memory that is used again after their backward.
+        """
+        if not self.recordable:
+            return self.read(tokens_RK, states, forkable=False).hidden
+        names = tuple(tuple(layer) for layer in states.layers)
+
+        def piece(tokens_RK: Tensor, seen_R: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            supply = iter(tensors)
+            layers = tuple({name: next(supply) for name in layer} for layer in names)
+            return (self.read(tokens_RK, State(layers, seen_R), forkable=False).hidden,)
+
+        tensors = [layer[name] for layer, of in zip(states.layers, names, strict=True) for name in of]
+        checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, False  # of so few tokens, none
+        try:
+            return recorded(self, "rollouts", piece, [tokens_RK, states.seen_R, *tensors])[0]
+        finally:
+            self.gradient_checkpointing = checkpointing
 
     def _rows(self, tokens_BT: Tensor, state: State | None, lengths_B: Tensor | None) -> Rows:
         B, T = tokens_BT.shape

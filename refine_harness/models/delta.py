@@ -9,8 +9,9 @@ and keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from refine_kernels import Lookup, delta_rule, last_inputs, short_conv, tapped
@@ -21,6 +22,7 @@ from refine_harness.errors import ModelError
 from refine_harness.models.attention import Attention, attention_specs
 from refine_harness.models.base import FastWeightLayer, Rows, Tape
 from refine_harness.models.modules import Block, CausalLM, GatedRMSNorm, RMSNorm, ShortConvolution
+from refine_harness.models.recorded import recorded
 
 
 class DeltaConfig(PretrainedConfig):
@@ -212,30 +214,52 @@ class DeltaMixer(FastWeightLayer):
         if self.use_short_conv:
             for name, input_BTX in inputs.items():
                 name = f"{name}_inputs"
-                after[name] = last_inputs(input_BTX, before.get(name), rows.ends_B1, self.taps)
+                after[name] = last_inputs(input_BTX, before.get(name), rows.stops_B1, self.taps)
         tape = {"x": tap, "grid": rule.boundaries, "stride": rule.stride, "rows": rows, "before": before}
         return self.o_proj(o_BTHV.flatten(2)), after, tape if forkable else None
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The memory before each position's chunk, and the few tokens since, read again from the layer's own inputs."""
+        spots = self.spots(tape, positions_BC)
+        return self.replay(spots.masks, *self.pieces(tape, spots))
+
+    def spots(self, tape: Tape, positions_BC: Tensor) -> Spots:
+        """Where forks at these positions find what they need; the same for all layers."""
+        return _spots(tape["rows"], positions_BC, tape["stride"], self.taps - 1)
+
+    def pieces(self, tape: Tape, spots: Spots) -> tuple[Tensor | None, ...]:
+        """What `replay` needs of this layer: its inputs, the memory before them, and the convolutions' first inputs."""
+        x_RMD = tape["x"].pick(spots.tokens).view(*spots.masks.inside_RM.shape, -1)
+        memory_RHKV = tape["grid"].pick(spots.grid).to(_wide(x_RMD))
+        started = (tape["before"].get(f"{name}_inputs") for name in "qkv")
+        return x_RMD, memory_RHKV, *(None if x is None else x.index_select(0, spots.rows_R) for x in started)
+
+    def replay(
+        self, masks: Masks, x_RMD: Tensor, memory_RHKV: Tensor, *started_RPX: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The state after each fork's real tokens.
+
+        started_RPX: for queries, keys and values, the inputs of the convolution before the text's first token; None for
+            a text that began there.
+        """
         P = self.taps - 1
-        spots = _spots(tape["rows"], positions_BC, tape["stride"], P)
-        x_RMD = tape["x"].pick(spots.tokens).view(len(spots.real_RL), -1, tape["x"].value.shape[-1])
         inputs = self._inputs(x_RMD)
-        if P:  # what stands before the text's first token is not its tokens but the state that it started from
+        if P:  # in front of the text's first token stands the state that the reading started from
             inputs = {
-                name: self._started(x_RMX, tape["before"].get(f"{name}_inputs"), spots)
-                for name, x_RMX in inputs.items()
+                name: x_RMX * masks.inside_RM[..., None]
+                if earlier_RPX is None
+                else torch.cat(
+                    (torch.where(masks.inside_RM[:, :P, None], x_RMX[:, :P], earlier_RPX.to(x_RMX)), x_RMX[:, P:]), 1
+                )
+                for (name, x_RMX), earlier_RPX in zip(inputs.items(), started_RPX, strict=True)
             }
         before = {f"{name}_inputs": x_RMX[:, :P] for name, x_RMX in inputs.items()} if P else {}
         k_RLGK = self.query_or_key("k", inputs["k"][:, P:], before)
         v_RLHV = self._values(inputs["v"][:, P:], before)
-        beta_RLH, g_RLH = self._strengths(x_RMD[:, P:], spots.real_RL)
-        rule = delta_rule(k_RLGK, k_RLGK, v_RLHV, beta_RLH, tape["grid"].pick(spots.grid).to(_wide(x_RMD)), g_BTH=g_RLH)
-        after = {"memory": rule.state_BHKV}
+        beta_RLH, g_RLH = self._strengths(x_RMD[:, P:], masks.real_RL)
+        after = {"memory": delta_rule(k_RLGK, k_RLGK, v_RLHV, beta_RLH, memory_RHKV, g_BTH=g_RLH).state_BHKV}
         for name, x_RMX in inputs.items() if P else ():
-            at_RPX = spots.last_RP[..., None].expand(-1, -1, x_RMX.shape[-1])
-            after[f"{name}_inputs"] = x_RMX.gather(1, at_RPX)
+            after[f"{name}_inputs"] = x_RMX.gather(1, masks.last_RP[..., None].expand(-1, -1, x_RMX.shape[-1]))
         return after
 
     def _inputs(self, x_BTD: Tensor) -> dict[str, Tensor]:
@@ -253,36 +277,32 @@ class DeltaMixer(FastWeightLayer):
             return beta_BTH, g_BTH
         return beta_BTH * real_BT[..., None], None if g_BTH is None else g_BTH * real_BT[..., None]
 
-    def _started(self, x_RMX: Tensor, before_BPX: Tensor | None, spots: _Spots) -> Tensor:
-        """The inputs of a fork's tokens, those before the text's start from the state that the reading started from."""
-        if before_BPX is None:
-            return x_RMX * spots.inside_RM[..., None]
-        earlier_RPX = before_BPX.to(x_RMX.dtype)[spots.rows_R]
-        P = earlier_RPX.shape[1]
-        # A fork in the text's first chunk starts where the text does; all others have P tokens before them.
-        first_RPX = torch.where(spots.inside_RM[:, :P, None], x_RMX[:, :P], earlier_RPX)
-        return torch.cat((first_RPX, x_RMX[:, P:]), 1)
 
+class Masks(NamedTuple):
+    """Of the tokens that R forks read again: M = P + L of each, the P before a chunk and its own L."""
 
-@dataclass(frozen=True)
-class _Spots:
-    """Where forks find what they need; the same for all layers. R = B·C forks, M = P + L tokens of each."""
-
-    grid: Lookup
-    """The state before the position's chunk."""
-    tokens: Lookup
-    """The P tokens before the chunk, and its own L; others stand for those that do not exist."""
     inside_RM: Tensor
-    """bool, whether there is such a token."""
+    """bool, whether there is such a token; what stands for others has no meaning."""
     real_RL: Tensor
     """bool, whether a token of the chunk is at or before the position."""
     last_RP: Tensor
     """int64, which of the M tokens are the last P up to the position."""
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Where forks find what they need; the same for all layers."""
+
+    grid: Lookup
+    """The state before the position's chunk."""
+    tokens: Lookup
+    """The M tokens of each fork."""
     rows_R: Tensor
     """int64, row of the batch."""
+    masks: Masks
 
 
-def _spots(rows: Rows, positions_BC: Tensor, stride: int, P: int) -> _Spots:
+def _spots(rows: Rows, positions_BC: Tensor, stride: int, P: int) -> Spots:
     """For forks at these positions of a reading; made once for all layers."""
     kept = rows.memo.get("spots")
     if kept is not None and kept[0] is positions_BC and kept[1:3] == (stride, P):
@@ -295,13 +315,11 @@ def _spots(rows: Rows, positions_BC: Tensor, stride: int, P: int) -> _Spots:
     inside_RM = (at_RM >= 0) & (at_RM < rows.T)
     tokens_RM = rows_R[:, None] * rows.T + at_RM.clamp(min=0, max=rows.T - 1)
     since_R1 = (read_R - chunk_R * stride)[:, None]
-    spots = _Spots(
+    spots = Spots(
         Lookup(rows_R * -(-rows.T // stride) + chunk_R),
         Lookup(tokens_RM.flatten()),
-        inside_RM,
-        at_RM[:, P:] < read_R[:, None],
-        since_R1 + torch.arange(P, device=device),
         rows_R,
+        Masks(inside_RM, at_RM[:, P:] < read_R[:, None], since_R1 + torch.arange(P, device=device)),
     )
     rows.memo["spots"] = (positions_BC, stride, P, spots)
     return spots
@@ -317,11 +335,34 @@ class DeltaLM(CausalLM):
     def __init__(self, config: DeltaConfig):
         check_options(config, _BUILT)
         super().__init__(config)
+        self.recordable = not attention_specs(config)
         self.fixed_state = all(spec.window_size is not None for spec in attention_specs(config).values())
 
     def make_mixer(self, config: Any) -> DeltaMixer:
         """The layer that `attn` does not replace."""
         raise NotImplementedError
+
+    def fork_layers(self, tapes: Sequence[Tape], positions_BC: Tensor, *, once: bool) -> tuple[dict[str, Tensor], ...]:
+        if not (once and self.recordable):
+            return super().fork_layers(tapes, positions_BC, once=once)
+        mixers = [cast(DeltaMixer, cast(Block, layer).attn) for layer in self.layers]
+        spots = mixers[0].spots(tapes[0], positions_BC)
+        pieces = [mixer.pieces(tape, spots) for mixer, tape in zip(mixers, tapes, strict=True)]
+        there = [[x is not None for x in of_layer] for of_layer in pieces]
+
+        def replay_all(inside_RM: Tensor, real_RL: Tensor, last_RP: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            supply, masks = iter(tensors), Masks(inside_RM, real_RL, last_RP)
+            after = []
+            for mixer, given in zip(mixers, there, strict=True):
+                x_RMD, memory_RHKV, *started = (next(supply) if given_here else None for given_here in given)
+                assert x_RMD is not None and memory_RHKV is not None
+                after.append(mixer.replay(masks, x_RMD, memory_RHKV, *started))
+            return tuple(x for layer in after for x in layer.values())
+
+        flat = [x for of_layer in pieces for x in of_layer if x is not None]
+        states = iter(recorded(self, "forks", replay_all, [*spots.masks, *flat]))
+        names = ["memory", *(f"{name}_inputs" for name in "qkv" if mixers[0].taps > 1)]
+        return tuple({name: next(states) for name in names} for _ in mixers)
 
     def make_block(self, config: DeltaConfig, index: int) -> FastWeightLayer:
         spec = attention_specs(config).get(index)

@@ -152,6 +152,8 @@ class Trainer:
         self.accelerator = Accelerator(cpu=on_cpus, device_placement=False, mixed_precision="no")
         bf16 = config.autocast == "bf16" or (config.autocast == "auto" and self.device.type == "cuda")
         find_reward(config.algorithm.reward)  # a wrong path is said now
+        if config.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.reference = _frozen_copy(model) if _has_kl(config.algorithm) else None
         objective = Objective(model, bf16=bf16, reference=self.reference)
         optimizer = make_optimizer(trained_parameters(model).values(), config.optim)
@@ -339,7 +341,7 @@ class Trainer:
         set_rate(self.optimizer, rate)
         self.objective.train()
         self.optimizer.zero_grad(set_to_none=True)
-        told: list[tuple[Tensor, Losses, int]] = []
+        told: list[tuple[Tensor, Losses, int]] = []  # free of graphs
         for index, piece in enumerate(pieces):
             synced = index == len(pieces) - 1
             with contextlib.nullcontext() if synced else self.accelerator.no_sync(self.objective):
@@ -350,7 +352,7 @@ class Trainer:
                 # DDP and FSDP average the processes' gradients; the counts above are already over all of them.
                 self.accelerator.backward(loss * self.world_size if self.world_size > 1 else loss)
             parts_3 = torch.stack((loss, losses.ntp_sum / max(labels, 1.0), losses.policy_sum / max(actions, 1.0)))
-            told.append((parts_3.detach(), losses, len(piece.batch)))
+            told.append((parts_3.detach(), losses.detach(), len(piece.batch)))
             del loss, ntp, policy, losses
         sums, facts = [0.0, 0.0, 0.0], _Facts()
         for parts_3, losses, documents in told:  # only now: asking for a number waits for the device

@@ -40,6 +40,18 @@ def gradients(model, losses, algorithm):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+def test_activations_made_again_change_nothing(model, batch):
+    kept = gradients(model, refine_step(model, batch, Algorithm(rollouts=2), rng()), Algorithm())
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        again = gradients(model, refine_step(model, batch, Algorithm(rollouts=2), rng()), Algorithm())
+    finally:
+        model.gradient_checkpointing_disable()
+    for name, want in kept.items():
+        assert_close(again[name], want, name)
+
+
 VARIANTS = [
     Algorithm(),
     Algorithm(reward="exact", chunks=4, rollout_length=3, lambda_rl=0.4),

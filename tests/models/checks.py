@@ -33,6 +33,7 @@ def same_gradients(model, got, want):
 def probe(hidden, seed=1):
     """A loss that no symmetry makes blind."""
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(seed), dtype=hidden.dtype)
+    weights = weights.to(hidden.device)
     return (hidden * weights).sum() + (hidden**3 * weights.flip(-1)).sum()
 
 

@@ -42,6 +42,18 @@ GRADIENTS_NEAR, GRADIENT_NEAR = 5e-2, 0.2
 """Of all parameters together, and of each."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_choice_each():
+    """Which tiles fla's kernels use changes no result, and trying them all takes minutes for each model."""
+    from triton.runtime.autotuner import Autotuner
+
+    patch = pytest.MonkeyPatch()
+    all_of_them = Autotuner.prune_configs
+    patch.setattr(Autotuner, "prune_configs", lambda self, kwargs: all_of_them(self, kwargs)[:1])
+    yield
+    patch.undo()
+
+
 def build(kind: str) -> Any:
     """The model in bfloat16 with weights that no start-up zero makes blind."""
     config, model = cast(tuple[Any, Any], adapted_classes(kind))

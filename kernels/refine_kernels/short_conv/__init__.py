@@ -34,10 +34,11 @@ def short_conv(
     return ops.short_conv(x_BTD, weight_DW, before_BPD, bias_D=bias_D, silu=silu, unit_heads=unit_heads)
 
 
-def last_inputs(x_BTD: Tensor, before_BPD: Tensor | None, positions_BC: Tensor, taps: int) -> Tensor:
+def last_inputs(x_BTD: Tensor, before_BPD: Tensor | None, positions_BC: Tensor | None, taps: int) -> Tensor:
     """The state of the convolution after token positions_BC[b, c]: the W - 1 inputs up to it, [B·C, W - 1, D].
 
-    Positions run from -1 (the state before the first token) to T - 1. Differentiable.
+    Positions run from -1 (the state before the first token) to T - 1; None is T - 1 for every row. In memory of its own.
+    Differentiable.
     """
     from refine_kernels.short_conv.reference import last_inputs
 

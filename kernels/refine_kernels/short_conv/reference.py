@@ -37,9 +37,15 @@ def short_conv(
     return y_BTD.to(x_BTD.dtype)
 
 
-def last_inputs(x_BTD: Tensor, before_BPD: Tensor | None, positions_BC: Tensor, taps: int) -> Tensor:
+def last_inputs(x_BTD: Tensor, before_BPD: Tensor | None, positions_BC: Tensor | None, taps: int) -> Tensor:
     """See `refine_kernels.short_conv.last_inputs`."""
     P = taps - 1
+    if positions_BC is None:
+        B, T, D = x_BTD.shape
+        if T >= P:
+            return x_BTD[:, T - P :].clone()
+        earlier_BPD = x_BTD.new_zeros(B, P, D) if before_BPD is None else before_BPD.to(x_BTD.dtype)
+        return torch.cat((earlier_BPD[:, T:], x_BTD), 1)
     at_BCP = positions_BC[..., None] + torch.arange(1 - P, 1, device=positions_BC.device)
     rows_B11 = torch.arange(x_BTD.shape[0], device=x_BTD.device)[:, None, None]
     here = x_BTD[rows_B11, at_BCP.clamp(min=0)]
