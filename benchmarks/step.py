@@ -31,13 +31,12 @@ from refine_harness.algorithm.rereading import refine_step_by_rereading
 from refine_harness.algorithm.step import next_token
 from refine_harness.config import Algorithm
 from refine_harness.models import FastWeightLM, load_model
+from refine_harness.training.costs import peak_rate
 from refine_harness.types import Batch, Losses, Rollouts
 
 NTP = Algorithm(lambda_rl=0.0)
 REFINE = Algorithm(rollouts_from="step")
 MANY = Algorithm(rollouts_from="step", rollouts=8)
-PEAK = {"NVIDIA H200": 790e12, "NVIDIA H100": 790e12}
-"""Measured rate of large bfloat16 matrix products, in FLOP/s, by the start of a GPU's name."""
 GOALS = {
     "deltanet-1b": {"step": 1.15, "many": 1.4, "rereading": 10.0, "memory": 1.2, "share": 0.5, "longest": 131072},
     "lact-760m": {"step": 1.25, "many": 1.4, "rereading": 20.0, "memory": 1.2, "share": 0.5},
@@ -66,7 +65,7 @@ def main() -> None:
     goals = GOALS.get(asked.shape, {})
     rows = measure(model, batch, goals, asked.repeats)
     rows.append(at_most("gradient error, forked from re-read", error, allowed, 1, "relative"))
-    if torch.cuda.is_available():
+    if "longest" in goals:
         rows += longest(model, goals)
     print(publish("step" if asked.shape is None else f"step-{asked.shape}", rows))
 
@@ -130,8 +129,9 @@ def measure(model: FastWeightLM, batch: Batch, goals: dict[str, float], repeats:
         "ReFINE step": partial(step, model, batch, REFINE),
         "ReFINE step, 8 rollouts": partial(step, model, batch, MANY),
     }
-    seconds = interleaved(steps, repeats)
-    peaks = {name: peak_bytes(run) for name, run in steps.items()} if torch.cuda.is_available() else {}
+    peaks = {name: peak(model, run) for name, run in steps.items()} if torch.cuda.is_available() else {}
+    unfit = [name for name, most in peaks.items() if most is None]
+    seconds = interleaved({name: run for name, run in steps.items() if name not in unfit}, repeats)
     collected = collect(model, batch, REFINE, rng(batch))
     for padded in (True, False):
         name = f"the paper's flow, {'each prefix padded as released' if padded else 'without its padding'}"
@@ -139,25 +139,42 @@ def measure(model: FastWeightLM, batch: Batch, goals: dict[str, float], repeats:
         seconds[name] = median_seconds(flow, repeats=1, warm_up=0)
         print(name, seconds[name], flush=True)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    ntp, refine, many, padded_flow, bare_flow = median.values()
+    ntp, refine, *many, padded_flow, bare_flow = median.values()
     rows = [time_row(name, values) for name, values in seconds.items()]
     rows += [
         at_most("ReFINE step / NTP step", refine / ntp, goals.get("step"), repeats),
-        at_most("ReFINE step with 8 rollouts / NTP step", many / ntp, goals.get("many"), repeats),
+        *(at_most("ReFINE step with 8 rollouts / NTP step", x / ntp, goals.get("many"), repeats) for x in many),
+        *(Row(f"{name}: does not fit", 0.0, "", 0, f"at most {goals.get('many')}", False) for name in unfit),
         at_least("the paper's flow / ReFINE step", padded_flow / refine, goals.get("rereading"), 1),
         at_least("the paper's flow without its padding / ReFINE step", bare_flow / refine, None, 1),
     ]
-    rows += [Row(f"peak memory, {name}", most / 2**30, "GiB", 1) for name, most in peaks.items()]
-    if peaks:
+    rows += [Row(f"peak memory, {name}", most / 2**30, "GiB", 1) for name, most in peaks.items() if most is not None]
+    if peaks and peaks["ReFINE step"] is not None and peaks["NTP step"] is not None:
         ratio = peaks["ReFINE step"] / peaks["NTP step"]
         rows.append(at_most("peak memory, ReFINE step / NTP step", ratio, goals.get("memory"), 1))
         rate = 6 * sum(p.numel() for p in model.parameters()) * batch.tokens / refine
-        for start, peak in PEAK.items():
-            if torch.cuda.get_device_name().startswith(start):
-                name = "share of the bfloat16 matrix peak, ReFINE step"
-                rows.append(at_least(name, rate / peak, goals.get("share"), repeats))
+        if peak := peak_rate(torch.device("cuda")):
+            name = "share of the bfloat16 matrix peak, ReFINE step"
+            rows.append(at_least(name, rate / peak, goals.get("share"), repeats))
     rows.append(Row("tokens per step", float(batch.tokens), "tokens", 1))
     return rows
+
+
+def peak(model: FastWeightLM, run: Callable[[], object]) -> float | None:
+    """Bytes at most in use in a step, gradients and recordings included, weights not; None where it does not fit."""
+    model.zero_grad(set_to_none=True)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    try:
+        run()  # makes what later steps find made, which counts: it stays
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        model.zero_grad(set_to_none=True)
+        gone = before - torch.cuda.memory_allocated()
+        return peak_bytes(run) + before - gone - weights
+    except torch.OutOfMemoryError:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return None
 
 
 def interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -141,3 +141,6 @@ class StepReport:
     gradient_norm: float
     learning_rate: float
     facts: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict, compare=False)
+    """Of this process: seconds_reading, seconds_backward and so on, tokens_per_second, and on a GPU memory_gib (the
+    most in use) and share_of_peak (6 · parameters · tokens per second over what its matrix units can do)."""

@@ -9,7 +9,10 @@ from refine_kernels.delta_rule import DeltaRule, delta_rule
 from refine_kernels.lact import LaCT, lact
 from refine_kernels.linear_head import Known, linear_head
 from refine_kernels.lookup import Lookup, Tap, tapped
+from refine_kernels.normed_heads import add_normed_heads
 from refine_kernels.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
+from refine_kernels.rotary import Turns, rotary
+from refine_kernels.shared_qkv import SharedQKV, shared_qkv
 from refine_kernels.short_conv import last_inputs, short_conv
 from refine_kernels.swiglu import swiglu, swiglu_linear
 from refine_kernels.window_attention import window_attention
@@ -19,7 +22,10 @@ __all__ = [
     "Known",
     "LaCT",
     "Lookup",
+    "SharedQKV",
     "Tap",
+    "Turns",
+    "add_normed_heads",
     "add_rms_norm",
     "delta_rule",
     "gated_rms_norm",
@@ -27,6 +33,8 @@ __all__ = [
     "last_inputs",
     "linear_head",
     "rms_norm",
+    "rotary",
+    "shared_qkv",
     "short_conv",
     "swiglu",
     "swiglu_linear",

@@ -11,7 +11,7 @@ hold this file to it).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +58,7 @@ def refine_step(
     rng: Sequence[torch.Generator],
     experience: Experience | None = None,
     reference: FastWeightLM | None = None,
+    mark: Callable[[str], None] = lambda part: None,
 ) -> Losses:
     """Read the document, pick where it is surprising, continue from there, score, learn.
 
@@ -66,6 +67,7 @@ def refine_step(
         rng: one CPU generator per document; not used when there is nothing to sample.
         experience: rollouts sampled earlier by `collect`; None samples them here, from the policy that learns.
         reference: the model as it was when training started, for rollouts sampled here; needed when kl_weight > 0.
+        mark: called with the name of each part when it is done, for a stopwatch.
 
     Returns both losses as sums, attached; the KL term is part of the policy loss. With lambda_rl = 0 this is next-token
     prediction and nothing else.
@@ -77,6 +79,7 @@ def refine_step(
     entropy_BT = predicted[1]
     labels_BT = label_mask(batch.lengths_B, batch.loss_from_B, batch.tokens_BT.shape[1])
     told = {"entropy": _mean(entropy_BT, labels_BT)}
+    mark("reading")
     if not learns:
         ntp = -(predicted[0] * labels_BT).sum()
         return Losses(ntp, batch.labels, torch.zeros_like(ntp), 0, told)
@@ -86,6 +89,7 @@ def refine_step(
     else:
         rollouts = experience.rollouts
         states = reading.states_at(rollouts.positions_BC, once=True).repeat(rollouts.tokens_BCNK.shape[2])
+    mark("sampling")
     logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, rollouts, states, algorithm)
     if experience is None:
         experience = judge(batch, reading, rollouts, logprobs_BCNK, hidden_BCNKD, algorithm, reference)
@@ -109,6 +113,7 @@ def refine_step(
     # Attached last, so that the backward pass begins with the head's large products: the device is busy with them
     # while the many small operations of the rollouts' backward are launched.
     ntp = -(next_token(model, reading, batch, predicted)[0] * labels_BT).sum()
+    mark("rollouts")
     return Losses(ntp, batch.labels, losses_BCNK.sum(), losses_BCNK.numel(), told)
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from refine_kernels import last_inputs, window_attention
+from refine_kernels import last_inputs, rotary, window_attention
 from torch import Tensor, nn
 
 from refine_harness.errors import ModelError
 from refine_harness.models.base import FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import rotary
+from refine_harness.models.modules import turns
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,10 @@ class Attention(FastWeightLayer):
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
         B, T, _ = x_BTD.shape
-        q_BTHD = rotary(self.q_proj(x_BTD).view(B, T, self.heads, -1), rows.positions_BT, self.theta)
-        k_BTGD = rotary(self.k_proj(x_BTD).view(B, T, self.groups, -1), rows.positions_BT, self.theta)
+        q_BTHD = self.q_proj(x_BTD).view(B, T, self.heads, -1)
+        k_BTGD = self.k_proj(x_BTD).view(B, T, self.groups, -1)
+        by = turns(rows, q_BTHD.shape[-1], self.theta, q_BTHD)
+        q_BTHD, k_BTGD = rotary(q_BTHD, by), rotary(k_BTGD, by)
         history, past, past_B = {"keys": k_BTGD, "values": self.v_proj(x_BTD).view(B, T, self.groups, -1)}, 0, None
         if state is not None:
             past = state["keys"].shape[1]

@@ -227,7 +227,7 @@ class DeltaMixer(FastWeightLayer):
         """Where forks at these positions find what they need; the same for all layers."""
         return _spots(tape["rows"], positions_BC, tape["stride"], self.taps - 1)
 
-    def pieces(self, tape: Tape, spots: Spots) -> tuple[Tensor | None, ...]:
+    def pieces(self, tape: Tape, spots: Spots) -> tuple[Tensor, Tensor, *tuple[Tensor | None, ...]]:
         """What `replay` needs of this layer: its inputs, the memory before them, and the convolutions' first inputs."""
         x_RMD = tape["x"].pick(spots.tokens).view(*spots.masks.inside_RM.shape, -1)
         memory_RHKV = tape["grid"].pick(spots.grid).to(_wide(x_RMD))

@@ -15,18 +15,17 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from refine_kernels import last_inputs, window_attention
+from refine_kernels import SharedQKV, add_normed_heads, last_inputs, shared_qkv, window_attention
 from refine_kernels.lact import Chunk, FastWeights, LaCT, Place, Weights, lact, row_norms
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from refine_harness.errors import ModelError
 from refine_harness.models.base import FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import Block, CausalLM, RMSNorm, rotary
+from refine_harness.models.modules import Block, CausalLM, RMSNorm, turns
 
 HEAD_NORM_EPS = 1e-5
 """Of the norms inside a layer: fla's default, which the published code leaves as it is."""
-UNIT_EPS = 1e-5
 RATE_BIAS = 0.001 + math.log(-math.expm1(-0.001))
 """softplus of it is 0.001, the learning rate of a projection that says nothing."""
 
@@ -236,31 +235,43 @@ class LaCTMixer(FastWeightLayer):
         State: the fast weights and what their updates carry along, the unfinished chunk in buffers of L tokens, and
         the last W - 1 keys and values of attention, right-aligned. Its shapes are the same after any text.
         """
-        B, T, D = x_BTD.shape
-        qkv_BT3D = self.qkv(x_BTD).view(B, T, 3, D)
-        qk_BT2D, v_BTD = qkv_BT3D[:, :, :2], qkv_BT3D[:, :, 2]
-        if self.config.attn_qk_norm:
-            qk_BT2D = torch.stack((self.q_norm(qk_BT2D[:, :, 0]), self.k_norm(qk_BT2D[:, :, 1])), 2)
-        attended_BTD, window, tape = self._attend(qk_BT2D, v_BTD, state, rows)
-        read = self._read_fast_weights(x_BTD, qk_BT2D, v_BTD, state, rows, forkable)
-        fast_BTHK = self.ttt_norm(read.outputs_BTHV)
-        if self.config.learnable_ttt_scale:
-            fast_BTHK = fast_BTHK * F.silu(self.ttt_scale_proj(x_BTD))[..., None]
-        y_BTD = self.o_proj(attended_BTD + fast_BTHK.flatten(2))
+        read_by = self._projected(x_BTD, rows)
+        attended_BTD, window, tape = self._attend(read_by, state, rows)
+        read = self._read_fast_weights(x_BTD, read_by, state, rows, forkable)
+        gate_BTH = self.ttt_scale_proj(x_BTD) if self.config.learnable_ttt_scale else None
+        y_BTD = add_normed_heads(attended_BTD, read.outputs_BTHV, self.ttt_norm.weight, gate_BTH, self.ttt_norm.eps)
         after = {**_as_tensors(read.fast, read.unfinished), **window}
-        return y_BTD, after, {"read": read, "before": state, **tape} if forkable else None
+        return self.o_proj(y_BTD), after, {"read": read, "before": state, **tape} if forkable else None
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The weights of the chunks completed so far, the tokens since, and the window: all of it is on the tape."""
         read: LaCT = tape["read"]
         return {**_as_tensors(*read.state_at(positions_BC)), **self._window_at(tape, tape["before"], positions_BC)}
 
+    def _projected(self, x_BTD: Tensor, rows: Rows) -> SharedQKV:
+        """Queries, keys and values for attention and for the fast weights."""
+        config = self.config
+        qkv_BT3D = self.qkv(x_BTD).unflatten(-1, (3, -1))
+        if config.attn_qk_norm:
+            q_BTD, k_BTD, v_BTD = qkv_BT3D.unbind(2)
+            qkv_BT3D = torch.stack((self.q_norm(q_BTD), self.k_norm(k_BTD), v_BTD), 2)
+        return shared_qkv(
+            qkv_BT3D,
+            self.qk_scale,
+            self.qk_offset,
+            turns(rows, config.hidden_size // config.num_attn_heads, config.rope_theta, qkv_BT3D),
+            fast_heads=config.num_lact_heads,
+            silu=config.qkv_silu,
+            silu_values=config.qkv_silu and not config.no_v_silu,
+            turn_fast=not config.ttt_nope,
+        )
+
     def _attend(
-        self, qk_BT2D: Tensor, v_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows
+        self, read_by: SharedQKV, state: dict[str, Tensor] | None, rows: Rows
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Outputs [B, T, D], the window after the real tokens, and this reading's own keys and values."""
         W = self.config.window_size
-        q_BTAI, k_BTAI = self._rotated(qk_BT2D, rows).unbind(2)
+        q_BTAI, k_BTAI, v_BTD = read_by[:3]
         own = {"window_keys": k_BTAI.flatten(2), "window_values": v_BTD}
         past = None if state is None else {name: torch.cat((state[name], x), 1) for name, x in own.items()}
         k_BSAI, v_BSAI = (x.unflatten(-1, q_BTAI.shape[2:]) for x in (past or own).values())
@@ -271,10 +282,13 @@ class LaCTMixer(FastWeightLayer):
         o_BTD = window_attention(q_BTAI, k_BSAI, v_BSAI, past_B, window=W).flatten(2)
         if past is not None and rows.T == 1:
             return o_BTD, {name: x[:, 1:] for name, x in past.items()}, own
-        return o_BTD, self._window_at(own, state, rows.ends_B1), own
+        return o_BTD, self._window_at(own, state, None if rows.lengths_B is None else rows.ends_B1), own
 
-    def _window_at(self, own: Tape, before: dict[str, Tensor] | None, positions_BC: Tensor) -> dict[str, Tensor]:
-        """The last W - 1 keys and values up to each position, zeros before the text's start; B·C rows."""
+    def _window_at(self, own: Tape, before: dict[str, Tensor] | None, positions_BC: Tensor | None) -> dict[str, Tensor]:
+        """The last W - 1 keys and values up to each position, zeros before the text's start; B·C rows.
+
+        Positions None: up to the last token of each row.
+        """
         return {
             name: last_inputs(
                 own[name], None if before is None else before[name], positions_BC, self.config.window_size
@@ -283,31 +297,17 @@ class LaCTMixer(FastWeightLayer):
         }
 
     def _read_fast_weights(
-        self,
-        x_BTD: Tensor,
-        qk_BT2D: Tensor,
-        v_BTD: Tensor,
-        state: dict[str, Tensor] | None,
-        rows: Rows,
-        forkable: bool,
+        self, x_BTD: Tensor, read_by: SharedQKV, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> LaCT:
         """Each token's chunk read with the fast weights that the chunks before it left."""
         B, T = x_BTD.shape[:2]
         config, H = self.config, self.config.num_lact_heads
-        qk_BT2D = qk_BT2D * self.qk_scale.t() + self.qk_offset.t()
-        if config.qkv_silu:
-            qk_BT2D = F.silu(qk_BT2D)
-            v_BTD = v_BTD if config.no_v_silu else F.silu(v_BTD)
-        qk_BT2D = _unit(qk_BT2D.view(B, T, 2, H, -1)).flatten(3)
-        if not config.ttt_nope:
-            qk_BT2D = self._rotated(qk_BT2D, rows).flatten(3)
-        q_BTHK, k_BTHK = qk_BT2D.to(v_BTD.dtype).view(B, T, 2, H, -1).unbind(2)
         rates_BTHX = F.softplus(_wide(self.lr_proj(x_BTD)) + RATE_BIAS).view(B, T, H, -1)
         momentum_BTH = self.momentum_proj(x_BTD) if config.use_momentum else None
         assert rows.seen is not None and rows.lengths is not None
         return lact(
-            q_BTHK,
-            Chunk(k_BTHK, v_BTD.view(B, T, H, -1), rates_BTHX, momentum_BTH),
+            read_by.fast_q_BTHK,
+            Chunk(read_by.fast_k_BTHK, read_by.fast_v_BTHK, rates_BTHX, momentum_BTH),
             self._initial(B) if state is None else _fast_weights(state),
             None if state is None else _unfinished(state),
             Place(rows.seen_B, rows.seen, rows.lengths_B, rows.lengths),
@@ -316,13 +316,6 @@ class LaCTMixer(FastWeightLayer):
             joint=config.use_fused_kernel,
             boundaries=forkable,
         )
-
-    def _rotated(self, qk_BT2D: Tensor, rows: Rows) -> Tensor:
-        """Queries and keys in attention's heads, turned by their places in the text: [B, T, 2, A, I]."""
-        B, T, _, D = qk_BT2D.shape
-        heads = self.config.num_attn_heads
-        turned = rotary(qk_BT2D.reshape(B, T, 2 * heads, D // heads), rows.positions_BT, self.config.rope_theta)
-        return turned.view(B, T, 2, heads, D // heads)
 
     def _initial(self, B: int) -> FastWeights:
         """The fast weights of B texts that begin here."""
@@ -349,12 +342,6 @@ def _repeated(weights: Weights, B: int) -> Weights:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x over its Euclidean norm along the last dimension, with the published epsilon; float32 or wider inside."""
-    wide = _wide(x)
-    return (wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + UNIT_EPS)).to(x.dtype)
 
 
 _PARTS = {"weights": "w", "main": "main", "momentum": "momentum", "norms": "norm"}

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from refine_kernels import add_rms_norm, gated_rms_norm, rms_norm, swiglu, swiglu_linear
+from refine_kernels import Turns, add_rms_norm, gated_rms_norm, rms_norm, swiglu, swiglu_linear
+from refine_kernels.rotary import turns as angles
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
@@ -78,18 +79,13 @@ class GatedMLP(nn.Module):
         return self.down_proj(swiglu(gate, up))  # an adapter stands in its place
 
 
-def rotary(x_BTHD: Tensor, positions_BT: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding, the first half of the channels paired with the second, in float32 or wider inside.
-
-    Channel pair i of a head of size D turns by position · theta^(-2i / D) (Su et al., arXiv 2104.09864).
-    """
-    D = x_BTHD.shape[-1]
-    wide = torch.float64 if x_BTHD.dtype == torch.float64 else torch.float32
-    pairs = torch.arange(0, D, 2, device=x_BTHD.device, dtype=wide)
-    angles_BT1I = (positions_BT[..., None].to(wide) * theta ** (-pairs / D))[:, :, None]
-    cos, sin = angles_BT1I.cos(), angles_BT1I.sin()
-    first, second = x_BTHD.to(wide).chunk(2, -1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).to(x_BTHD.dtype)
+def turns(rows: Rows, size: int, theta: float, x: Tensor) -> Turns:
+    """Angles of rotary position embedding for heads of that size, for tensors like `x`; made once for all layers."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    name = f"turns {size} {theta} {wide}"
+    if name not in rows.memo:
+        rows.memo[name] = angles(rows.positions_BT, size, theta, wide)
+    return rows.memo[name]
 
 
 class Block(FastWeightLayer):

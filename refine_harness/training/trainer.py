@@ -34,6 +34,7 @@ from refine_harness.data.stream import rank_positions
 from refine_harness.errors import DataError, RunError
 from refine_harness.models import FastWeightLM
 from refine_harness.models.load import pick_device
+from refine_harness.training.costs import Stopwatch
 from refine_harness.training.optim import (
     load_optimizer_tensors,
     lr_at,
@@ -126,12 +127,13 @@ class Objective(nn.Module):
         rng: list[torch.Generator],
         experience: Experience | None = None,
         collecting: bool = False,
+        mark: Callable[[str], None] = lambda part: None,
     ) -> Losses | Experience:
         (reference,) = self._unregistered
         with torch.autocast(batch.tokens_BT.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             if collecting:
                 return collect(self.model, batch, algorithm, rng, reference)
-            return refine_step(self.model, batch, algorithm, rng, experience, reference)
+            return refine_step(self.model, batch, algorithm, rng, experience, reference, mark)
 
 
 class Trainer:
@@ -341,16 +343,18 @@ class Trainer:
         set_rate(self.optimizer, rate)
         self.objective.train()
         self.optimizer.zero_grad(set_to_none=True)
+        watch = Stopwatch(self.device)
         told: list[tuple[Tensor, Losses, int]] = []  # free of graphs
         for index, piece in enumerate(pieces):
             synced = index == len(pieces) - 1
             with contextlib.nullcontext() if synced else self.accelerator.no_sync(self.objective):
-                losses = self._forward(piece)
+                losses = self._forward(piece, mark=watch.mark)
                 ntp = piece.algorithm.lambda_ntp * losses.ntp_sum / max(labels, 1.0)
                 policy = piece.algorithm.lambda_rl * losses.policy_sum / max(actions, 1.0)
                 loss = ntp + policy if piece.algorithm.lambda_rl > 0 else ntp
                 # DDP and FSDP average the processes' gradients; the counts above are already over all of them.
                 self.accelerator.backward(loss * self.world_size if self.world_size > 1 else loss)
+                watch.mark("backward")
             parts_3 = torch.stack((loss, losses.ntp_sum / max(labels, 1.0), losses.policy_sum / max(actions, 1.0)))
             told.append((parts_3.detach(), losses.detach(), len(piece.batch)))
             del loss, ntp, policy, losses
@@ -364,6 +368,9 @@ class Trainer:
         self._require_finite("gradient norm", norm, number, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        watch.mark("optimizer")
+        parameters = sum(p.numel() for p in self.parameters.values())
+        costs = watch.costs(sum(piece.batch.tokens for piece in pieces), parameters)
 
         seconds = time.perf_counter() - started
         self._at_boundary = False
@@ -386,11 +393,13 @@ class Trainer:
             gradient_norm=norm,
             learning_rate=rate,
             facts={**means, "answer_step": 1.0} if answers else means,
+            costs=costs,
         )
 
-    def _forward(self, piece: Piece, *, collecting: bool = False) -> Any:
+    def _forward(self, piece: Piece, *, collecting: bool = False, mark: Callable[[str], None] | None = None) -> Any:
         rng = row_generators(self.config.seed, self._done.optimizer_steps, piece.documents)
-        return self.objective(piece.batch.to(self.device), piece.algorithm, rng, piece.experience, collecting)
+        given = (piece.batch.to(self.device), piece.algorithm, rng, piece.experience, collecting)
+        return self.objective(*given) if mark is None else self.objective(*given, mark)
 
     def _over_processes(self, values: list[float]) -> list[float]:
         """Each value summed over the processes."""

@@ -45,10 +45,7 @@ def test_argmax_and_argmin_find_the_extremes():
 
 def test_entropy_positions_follow_the_softmax():
     entropy = torch.tensor([[0.0, 2.0, 1.0, 0.0]])
-    drawn = [
-        pick_positions(entropy, [4], chunks=1, length=1, rule="entropy", rng=rng(s)).item()
-        for s in range(4000)
-    ]
+    drawn = [pick_positions(entropy, [4], chunks=1, length=1, rule="entropy", rng=rng(s)).item() for s in range(4000)]
     want = torch.tensor([0.0, 2.0, 1.0]).softmax(0)
     got = torch.bincount(torch.tensor(drawn), minlength=3) / 4000
     assert (got - want).abs().max() < 4 * math.sqrt(0.25 / 4000)
@@ -56,9 +53,7 @@ def test_entropy_positions_follow_the_softmax():
 
 def test_the_last_usable_position_can_be_drawn():
     drawn = {
-        pick_positions(torch.zeros(1, 23), [23], chunks=4, length=3, rule="uniform", rng=rng(s))[
-            0, -1
-        ].item()
+        pick_positions(torch.zeros(1, 23), [23], chunks=4, length=3, rule="uniform", rng=rng(s))[0, -1].item()
         for s in range(200)
     }
     assert max(drawn) == 19

@@ -29,16 +29,21 @@ if not (ON_GPU or INTERPRETED):
 else:
     from refine_kernels import (
         Lookup,
+        add_normed_heads,
         add_rms_norm,
         gated_rms_norm,
         linear_head,
         rms_norm,
+        rotary,
+        shared_qkv,
         short_conv,
         swiglu,
         swiglu_linear,
     )
-    from refine_kernels.delta_rule.fused import state_gradients
+    from refine_kernels.delta_rule.fused import EVERY, state_gradients
+    from refine_kernels.lact import Chunk, FastWeights, Place, lact, row_norms
     from refine_kernels.linear_head import fused as head
+    from refine_kernels.rotary import turns
     from refine_kernels.testing import assert_close, poisoned
 
     DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
@@ -137,12 +142,13 @@ else:
         w, do, dv = (draw(B, T, H, X, dtype=dtype, seed=s).detach() * 0.1 for s, X in ((2, K), (3, V), (4, V)))
         dafter = draw(B, H, K, V, seed=5).detach()
         # Two forks of one state among them.
-        lookup = Lookup(torch.tensor([0, B * N - 1, 0, N // 2]))
+        NG = -(-N // EVERY)
+        lookup = Lookup(torch.tensor([0, B * NG - 1, 0, NG // 2]))
         brought = draw(4, H, K, V, dtype=dtype, seed=6).detach()
         arrivals = (lookup, lookup.summed(brought)) if forks else None
-        dgrid = torch.zeros(B * N, H, K, V, dtype=torch.float64)
+        dgrid = torch.zeros(B * NG, H, K, V, dtype=torch.float64)
         lookup.add(brought.double(), dgrid)
-        dgrid = dgrid.unflatten(0, (B, N))
+        dgrid = dgrid.unflatten(0, (B, NG))
         g = None
         if decay:
             g = -draw(B, T, H, seed=8).detach().abs() * 0.05
@@ -160,10 +166,134 @@ else:
             dv_n = dv_n + (k_n @ S) * torch.exp2(last - g_n)
             wanted_dv.insert(0, dv_n.transpose(1, 2))
             S = torch.exp2(last) * S + 0.7 * (q_n * torch.exp2(g_n)).mT @ do_n - w_n.mT @ dv_n
-            if forks:
-                S = S + dgrid[:, n]
+            if forks and n % EVERY == 0:
+                S = S + dgrid[:, n // EVERY]
         loose = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         assert_close(dh, torch.stack(wanted_dh, 1), "states")
         assert_close(dv2, torch.cat(wanted_dv, 1), "what was written")
         assert dstart is not None
         assert_close(dstart.to(loose), S, "first state")
+
+    def angles(like, rows, T, size):
+        """Rows at different places of long texts."""
+        positions = torch.arange(T)[None] + 100_003 * torch.arange(rows)[:, None]
+        # The same rounded angles for either side: what is compared is the turning.
+        made = turns(positions.to(like.device), size, 1e4)
+        return type(made)(*(x.to(torch.float64) if like.dtype == torch.float64 else x for x in made))
+
+    @dtypes
+    @pytest.mark.parametrize(("T", "H", "size"), [(1, 1, 2), (5, 3, 6), (33, 24, 64)])
+    def test_rotary(dtype, T, H, size):
+        compare(
+            lambda x, impl: rotary(x, angles(x, 2, T, size), impl=impl), [draw(2, T, H, size, dtype=dtype)]
+        )  # fmt: skip
+
+    @dtypes
+    @pytest.mark.parametrize(
+        ("T", "D", "heads", "size", "options"),
+        [
+            (1, 8, 2, 2, {}),
+            (37, 36, 3, 4, {}),
+            (5, 24, 2, 6, {"silu": False, "silu_values": False}),
+            (33, 24, 2, 12, {"turn_fast": False, "silu_values": False}),
+        ],
+    )
+    def test_shared_qkv(dtype, T, D, heads, size, options):
+        def op(qkv, scale, offset, impl):
+            return tuple(
+                shared_qkv(qkv, scale, offset, angles(qkv, 2, T, size), fast_heads=heads, impl=impl, **options)
+            )
+
+        compare(op, [draw(2, T, 3, D, dtype=dtype), draw(D, 2, dtype=dtype), draw(D, 2, dtype=dtype, seed=1)])
+
+    @dtypes
+    @pytest.mark.parametrize("gated", (False, True))
+    @pytest.mark.parametrize("by_head", (False, True))
+    def test_adding_normed_heads(dtype, gated, by_head):
+        B, T, H, K = 2, 37, 3, 20
+        gate = [draw(B, T, H, dtype=dtype)] if gated else []
+
+        def op(base, x, weight, *gate, impl):
+            x = x.transpose(1, 2) if by_head else x
+            return add_normed_heads(base, x, weight, gate[0] if gate else None, 1e-5, impl=impl)
+
+        x = draw(B, H, T, K, dtype=dtype) if by_head else draw(B, T, H, K, dtype=dtype)
+        compare(op, [draw(B, T, H * K, dtype=dtype), x, draw(K, dtype=dtype), *gate])
+
+    BARE = {"momentum": False}
+    LACT = {
+        # One chunk, full ones, a last one that is not full, rows of different length: tokens, of each row, heads.
+        "one": (3, (3,), 2, {}),
+        "full": (12, (12, 12), 2, {}),
+        "rest": (11, (11,), 2, BARE),
+        "ragged": (14, (14, 6), 1, {}),
+        "ragged, bare": (9, (4, 1), 2, BARE),
+        "muon": (11, (11,), 1, {"muon": True}),
+        "muon, ragged": (8, (8, 1), 1, {"muon": True}),
+        "muon, bare": (5, (5,), 1, {"muon": True, **BARE}),
+    }
+
+    def weights_of_lact(B, H, M):
+        """Fast weights and momenta of each row."""
+        return [draw(B, H, M, M, seed=i) for i in range(6)]
+
+    def text_for_lact(B, T, H, M):
+        q, k = (torch.nn.functional.normalize(draw(B, T, H, M, seed=s).detach(), dim=-1) for s in (3, 4))
+        rates, kept = draw(B, T, H, 3).detach().exp(), draw(B, T, H, seed=2).detach().sigmoid()
+        return [x.requires_grad_() for x in (q, k, draw(B, T, H, M, seed=8), rates, kept)]
+
+    def reading(inputs, L, lengths, impl, *, muon=False, momentum=True):
+        q, k, v, rates, kept, *packs = inputs
+        B, T = q.shape[:2]
+        w, m = tuple(packs[:3]), tuple(packs[3:])
+        fast = FastWeights(w, None, m if momentum else None, row_norms(w))
+        lengths_B = None if min(lengths) == T else torch.tensor(lengths, device=q.device)
+        place = Place(torch.zeros(B, dtype=torch.int64, device=q.device), (0,) * B, lengths_B, lengths)
+        tokens = Chunk(k, v, rates, kept if momentum else None)
+        return lact(q, tokens, fast, None, place, chunk_size=L, muon=muon, boundaries=True, impl=impl)
+
+    def results(reading, lengths):
+        """Outputs of real tokens, the last state, and that of a few forks."""
+        T = reading.outputs_BTHV.shape[1]
+        real_BT = torch.arange(T) < torch.tensor(lengths)[:, None]
+        forks = torch.tensor([[-1, n // 2, n - 1] for n in lengths]).to(reading.outputs_BTHV.device)
+        fast, unfinished = reading.state_at(forks)
+        parts = [*reading.fast.weights, *(reading.fast.momentum or ()), *fast.weights, *(fast.momentum or ())]
+        outputs = reading.outputs_BTHV.masked_fill(~real_BT.to(forks.device)[..., None, None], 0)
+        return (outputs, *parts, *fast.norms, *(x for x in unfinished if x is not None))
+
+    @pytest.mark.parametrize(("T", "lengths", "H", "options"), LACT.values(), ids=LACT)
+    def test_lact(T, lengths, H, options):
+        B, M, L = len(lengths), 3, 4
+        inputs = [*text_for_lact(B, T, H, M), *weights_of_lact(B, H, M)]
+        used = [x for i, x in enumerate(inputs) if options.get("momentum", True) or not (i == 4 or i >= 8)]
+
+        def op(*given, impl):
+            filled = iter(given)
+            each = [next(filled) if any(x is y for y in used) else None for x in inputs]
+            return results(reading(each, L, lengths, impl, **options), lengths)
+
+        compare(op, used)
+
+    def test_between_the_passes_only_inputs_are_kept_of_every_token():
+        """What is as large as the tokens' channels is what the operations were given; all else grows with chunks."""
+        B, T, H, M, L = 1, 64, 2, 4, 32
+        qkv, base = draw(B, T, 3, H * M), draw(B, T, H * M)
+        scale, offset, weight, gate = draw(H * M, 2), draw(H * M, 2), draw(M), draw(B, T, H)
+        text, packs = text_for_lact(B, T, H, M), weights_of_lact(B, H, M)
+        kept: list[Any] = []
+
+        def keep(x):
+            kept.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            parts = shared_qkv(qkv, scale, offset, angles(qkv, B, T, M), fast_heads=H, impl="fused")
+            given = [*parts[3:], *text[3:], *packs]
+            read = reading(given, L, (T,), "fused", muon=True).outputs_BTHV
+            add_normed_heads(base, read, weight, gate, 1e-5, impl="fused")
+        inputs = {x.untyped_storage().data_ptr() for x in (qkv, base, *parts, *text, read)}
+        large = [x for x in kept if x.numel() >= T * H * M and x.shape[:1] != (B * H * 3,)]
+        assert large
+        assert all(x.untyped_storage().data_ptr() in inputs for x in large if T in x.shape)
+        assert not [x.shape for x in large if L in x.shape]

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from refine_kernels.choose import ImplementationError
 from refine_kernels.lact import Chunk, FastWeights, Place, lact, row_norms
 from refine_kernels.lact.reference import apply, directions, map_chunk, map_weights, newton_schulz, update
 from refine_kernels.testing import assert_close, poisoned
@@ -277,3 +278,20 @@ def test_bfloat16_tokens_may_meet_float32_weights():
     assert got.fast.weights[0].dtype == torch.float32
     error = (got.outputs_BTHV.double() - wide.outputs_BTHV).norm() / wide.outputs_BTHV.norm()
     assert float(error) < 3e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"main": True}, "before their norm is restored"),
+        ({"muon": True, "joint": True}, "as one matrix"),
+        ({}, "not square"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_said_where_they_are_forced(options, why, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("REFINE_KERNELS", "fused")
+    _, fast = start(**options)
+    q, tokens = text(L, **options)
+    with pytest.raises(ImplementationError, match=why):
+        read(q, tokens, fast, **options)

@@ -25,6 +25,8 @@ from refine_kernels.runtime import ceiling, why_no_triton
 
 CHUNK = 64
 LARGEST_KEY = 256
+EVERY = 2
+"""Of the states before each chunk, every second is kept for forks: half the memory, a few more tokens to read again."""
 FEW = 32
 """Up to so many tokens are read one after another where no gradient is wanted: faster than a padded chunk."""
 LOG2_E = 1.4426950408889634
@@ -68,7 +70,7 @@ def delta_rule(
     outputs, after, grid, anchor = _Chunked.apply(q, k, v, beta, g, state, scale, boundaries, waiting)  # pyright: ignore[reportGeneralTypeIssues]
     if not boundaries:
         return DeltaRule(outputs, after, None, CHUNK)
-    return DeltaRule(outputs, after, Tap(grid, anchor if outputs.requires_grad else None, waiting), CHUNK)
+    return DeltaRule(outputs, after, Tap(grid, anchor if outputs.requires_grad else None, waiting), EVERY * CHUNK)
 
 
 class _Chunked(torch.autograd.Function):
@@ -86,8 +88,9 @@ class _Chunked(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not boundaries:
             return o, after, None, None
-        ctx.mark_non_differentiable(h)
-        return o, after, h, anchor_like(h)
+        grid = h[:, ::EVERY].contiguous()
+        ctx.mark_non_differentiable(grid)
+        return o, after, grid, anchor_like(grid)
 
     @staticmethod
     def backward(ctx, do, dafter, _grid, _anchor):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -148,8 +151,8 @@ def state_gradients(
         dv_BTHV: gradient of what was written, through the outputs of the same chunk.
         g_BTH: base-2 log decay summed within each chunk, float32.
         dafter_BHKV: gradient of the last state.
-        forks: which states at the chunks' starts were forked, counted over rows and chunks, and the gradients
-            [M, H, K, V] that they bring, all but zeros at the first of equal entries.
+        forks: which states at the starts of every EVERY-th chunk were forked, counted over rows and such chunks, and
+            the gradients [M, H, K, V] that they bring, all but zeros at the first of equal entries.
         wants_start: whether the gradient of the first state is asked for.
 
     Returns dS after each chunk [B, N, H, K, V] in the dtype of q, of the first state (float32) and dv'.
@@ -164,7 +167,7 @@ def state_gradients(
     entry_BN, dforks_MHKV = None, None
     if forks is not None:
         lookup, dforks_MHKV = forks
-        entry_BN = torch.full((B * N,), -1, dtype=torch.int64, device=q_BTGK.device)
+        entry_BN = torch.full((B * ceiling(N, EVERY),), -1, dtype=torch.int64, device=q_BTGK.device)
         entry_BN[lookup.rows_M] = lookup.firsts_M
         dforks_MHKV = dforks_MHKV.contiguous()
     with torch.cuda.device_of(q_BTGK):
@@ -173,8 +176,8 @@ def state_gradients(
             None if dafter_BHKV is None else dafter_BHKV.contiguous(),
             entry_BN, dforks_MHKV, dh, dstart, dv2, scale, T,
             G=G, H=H, K=K, V=V, L=CHUNK, BK=max(16, triton.next_power_of_2(K)), BV=BV,
-            DECAY=g_BTH is not None, AFTER=dafter_BHKV is not None, FORKS=forks is not None, START=wants_start,
-            num_warps=4, num_stages=2,
+            DECAY=g_BTH is not None, AFTER=dafter_BHKV is not None, FORKS=forks is not None, EVERY=EVERY,
+            START=wants_start, num_warps=4, num_stages=2,
         )  # fmt: skip
     return dh, dstart, dv2
 
@@ -184,7 +187,7 @@ def _state_gradients_kernel(
     q, k, w, do, dv, g, dafter, entries, dforks, dh, dstart, dv2, scale, T,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, AFTER: tl.constexpr, FORKS: tl.constexpr, START: tl.constexpr,
+    DECAY: tl.constexpr, AFTER: tl.constexpr, FORKS: tl.constexpr, EVERY: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(1) // H).to(tl.int64)
     head = tl.program_id(1) % H
@@ -224,7 +227,8 @@ def _state_gradients_kernel(
         b_dh += tl.dot(tl.trans(b_q), b_do) * scale
         b_dh -= tl.dot(tl.trans(b_w), b_dv.to(b_w.dtype))
         if FORKS:
-            entry = tl.load(entries + row * N + n)
+            entry = tl.load(entries + row * tl.cdiv(N, EVERY) + n // EVERY)
+            entry = tl.where(n % EVERY == 0, entry, -1)
             fork = (tl.maximum(entry, 0) * H + head) * K * V
             b_dh += tl.load(dforks + fork + of_state, mask=in_state & (entry >= 0), other=0).to(tl.float32)
     if START:

@@ -43,7 +43,12 @@ def lact(
         boundaries: keep the weights after every update, which `LaCT.state_at` needs.
         impl: see `refine_kernels.choose`.
     """
-    ops = choose(__name__, impl, q_BTHK)
+    (w0, w1, _), K = fast.weights, q_BTHK.shape[-1]
+    ops = choose(
+        __name__, impl, q_BTHK,
+        prenorm=fast.main is not None, joint=muon and joint, square=w0.shape[-2:] == w1.shape[-2:] == (K, K),
+        scalar=tokens.rates_BLHX.shape[-1] == 3,
+    )  # fmt: skip
     return read(
         ops, q_BTHK, tokens, fast, unfinished, place, L=chunk_size, muon=muon, joint=joint, boundaries=boundaries
     )

@@ -8,8 +8,9 @@ known on the host, so that none is computed where no row reaches an end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -39,8 +40,8 @@ class LaCT:
     """After each row's last real token."""
     unfinished: Chunk
     """The tokens since the last update."""
-    boundaries: tuple[FastWeights, ...] | None
-    """After 0, 1, 2, ... of the updates that this piece made; a row that made fewer repeats its last."""
+    after: Callable[[Tensor], FastWeights] | None
+    """updates_BC -> the weights of row b after updates_BC[b, c] of the updates that this piece made, for B·C rows."""
     _tokens: Chunk
     _before: Chunk | None
     _held_B: Tensor
@@ -50,12 +51,12 @@ class LaCT:
         """The state after token positions_BC[b, c], from -1 (before the piece), for B·C rows, row-major.
 
         Nothing is computed again: the weights are those that the updates so far left, and the tokens since are
-        looked up. Differentiable. Needs `boundaries`.
+        looked up. Differentiable. Needs a reading with `boundaries`.
         """
-        assert self.boundaries is not None
+        assert self.after is not None
         updates_BC = _updates(self._held_B[:, None] + positions_BC + 1, self._L)
         unfinished = _unfinished(self._before, self._tokens, self._held_B, positions_BC, self._L)
-        return _chosen(self.boundaries, updates_BC), unfinished
+        return self.after(updates_BC), unfinished
 
 
 def read(
@@ -71,35 +72,69 @@ def read(
     joint: bool,
     boundaries: bool,
 ) -> LaCT:
-    """See `refine_kernels.lact.lact`. `ops` has `apply` and `update`."""
+    """See `refine_kernels.lact.lact`. `ops` has `apply` and `update`, and maybe `sweep` for texts that begin here."""
     T = q_BTHK.shape[1]
     held = [n - _host_updates(n, L) * L for n in place.seen]
     held_B = place.seen_B - _updates(place.seen_B, L) * L
     ends = [_host_updates(h + n, L) for h, n in zip(held, place.lengths, strict=True)]
     with torch.autocast(q_BTHK.device.type, enabled=False):
-        weights, pieces = [fast], []
-        for g in range(max(ends) + 1):
-            start, stop = max(g * L - max(held), 0), T if g == max(ends) else max((g + 1) * L - min(held), 0)
-            if stop > start:
-                pieces.append((g, start, ops.apply(fast.weights, q_BTHK[:, start:stop])))
-            if g == max(ends):
-                break
-            chunk = _chunk(unfinished, tokens, held, held_B, g, L)
-            after = ops.update(fast, chunk, muon=muon, joint=joint)
-            if min(ends) <= g:
-                real_B = T if place.lengths_B is None else place.lengths_B
-                after = _where(_updates(held_B + real_B, L) > g, after, fast)
-            fast = after
-            if boundaries:
-                weights.append(fast)
-        outputs_BTHV = _together(pieces, held, held_B, T, L)
+        if T > 1 and not any(held) and hasattr(ops, "sweep"):
+            active_UB = None
+            if min(ends) < max(ends) and place.lengths_B is not None:
+                steps_U1 = torch.arange(max(ends), device=held_B.device)[:, None]
+                active_UB = steps_U1 < _updates(place.lengths_B, L)
+            outputs_BTHV, fast, after = ops.sweep(
+                q_BTHK, tokens, fast, L=L, updates=max(ends), active_UB=active_UB, muon=muon
+            )
+        else:
+            outputs_BTHV, fast, after = _one_by_one(
+                ops, q_BTHK, tokens, fast, unfinished, place, held, held_B, ends, L,
+                muon=muon, joint=joint, boundaries=boundaries,
+            )  # fmt: skip
     if T == 1 and unfinished is not None and max(ends) == 0:
         rest = _appended(unfinished, tokens, held_B)
+    elif place.lengths_B is None and not any(held):
+        rest = map_chunk(lambda x: _padded(x[:, max(ends) * L :], L), tokens)
     else:
         last_B = torch.full_like(held_B, T - 1) if place.lengths_B is None else place.lengths_B - 1
         rest = _unfinished(unfinished, tokens, held_B, last_B[:, None], L)
-    kept = tuple(weights) if boundaries else None
-    return LaCT(outputs_BTHV, fast, rest, kept, tokens, unfinished, held_B, L)
+    return LaCT(outputs_BTHV, fast, rest, after if boundaries else None, tokens, unfinished, held_B, L)
+
+
+def _one_by_one(
+    ops: ModuleType,
+    q_BTHK: Tensor,
+    tokens: Chunk,
+    fast: FastWeights,
+    unfinished: Chunk | None,
+    place: Place,
+    held: Sequence[int],
+    held_B: Tensor,
+    ends: Sequence[int],
+    L: int,
+    *,
+    muon: bool,
+    joint: bool,
+    boundaries: bool,
+) -> tuple[Tensor, FastWeights, Callable[[Tensor], FastWeights]]:
+    """Outputs, the weights at the end, and `LaCT.after`, chunk by chunk, wherever the rows stand."""
+    T = q_BTHK.shape[1]
+    weights, pieces = [fast], []
+    for g in range(max(ends) + 1):
+        start, stop = max(g * L - max(held), 0), T if g == max(ends) else max((g + 1) * L - min(held), 0)
+        if stop > start:
+            pieces.append((g, start, ops.apply(fast.weights, q_BTHK[:, start:stop])))
+        if g == max(ends):
+            break
+        chunk = _chunk(unfinished, tokens, held, held_B, g, L)
+        after = ops.update(fast, chunk, muon=muon, joint=joint)
+        if min(ends) <= g:
+            real_B = T if place.lengths_B is None else place.lengths_B
+            after = _where(_updates(held_B + real_B, L) > g, after, fast)
+        fast = after
+        if boundaries:
+            weights.append(fast)
+    return _together(pieces, held, held_B, T, L), fast, partial(_chosen, weights)
 
 
 def _host_updates(tokens: int, L: int) -> int:
@@ -129,6 +164,12 @@ def _unfinished(before: Chunk | None, tokens: Chunk, held_B: Tensor, positions_B
     held_BCL = torch.arange(L, device=held_B.device) < (places_BC - starts_BC)[..., None]
     found = _lookup(before, tokens, held_B, starts_BC, L)
     return map_chunk(lambda x: x.masked_fill(~_like(held_BCL, x), 0).flatten(0, 1), found)
+
+
+def _padded(x: Tensor, L: int) -> Tensor:
+    """x and then zeros, [B, L, ...], in memory of its own."""
+    rest = x.new_zeros(x.shape[0], L - x.shape[1], *x.shape[2:])
+    return torch.cat((x, rest), 1) if rest.numel() else x.clone(memory_format=torch.contiguous_format)
 
 
 def _lookup(before: Chunk | None, tokens: Chunk, held_B: Tensor, starts_BC: Tensor, L: int) -> Chunk:

@@ -37,8 +37,8 @@ def short_conv(
 def last_inputs(x_BTD: Tensor, before_BPD: Tensor | None, positions_BC: Tensor | None, taps: int) -> Tensor:
     """The state of the convolution after token positions_BC[b, c]: the W - 1 inputs up to it, [B·C, W - 1, D].
 
-    Positions run from -1 (the state before the first token) to T - 1; None is T - 1 for every row. In memory of its own.
-    Differentiable.
+    Positions run from -1 (the state before the first token) to T - 1; None is T - 1 for every row. In memory of its
+    own. Differentiable.
     """
     from refine_kernels.short_conv.reference import last_inputs
 

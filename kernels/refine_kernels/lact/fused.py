@@ -1,0 +1,334 @@
+"""LaCT's fast weights with matrix products in torch and everything between them in Triton.
+
+Texts that begin here go through two autograd functions that keep little: `_Updates` makes the weights of every chunk,
+one chunk after another; `_Read` reads all queries with them at once. Both make the products of tokens and weights again
+in the backward. `_Updates` keeps its inputs, the weights and momenta before each chunk, which forks need too, and what
+each of Newton-Schulz's steps starts from. The weights of all chunks are one tensor, a stack [B, H, N, 3, M, M] of packs
+(see `kernels`), and the gradients of readings and of forks meet there, each at its chunk.
+
+Newton-Schulz's step is y = a x + P x, P = b S + c S S, S = x xᵀ. Its backward, with E = dy xᵀ + x dyᵀ:
+
+    dx = a dy + P dy + (b E + c (S E + E S)) x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refine_kernels.lact import kernels
+from refine_kernels.lact.reference import NEWTON_SCHULZ, Chunk, FastWeights, Weights, apply
+from refine_kernels.runtime import why_no_triton
+
+__all__ = ["apply", "sweep", "update", "why_not"]
+
+LARGEST_HEAD = 4096
+
+
+def why_not(x: Tensor, *, prenorm: bool, joint: bool, square: bool, scalar: bool) -> str | None:
+    """Why the kernels cannot run on tensors like `x`, or None."""
+    if prenorm:
+        return "the kernels do not step the weights before their norm is restored"
+    if joint:
+        return "the kernels do not orthogonalise two steps as one matrix"
+    if not square:
+        return "the three fast weights are not square matrices of one size"
+    if not scalar:
+        return "learning rates differ between channels"
+    if x.shape[-1] > LARGEST_HEAD:
+        return f"heads have {x.shape[-1]} channels; the kernels take at most {LARGEST_HEAD}"
+    return why_no_triton(x)
+
+
+def update(fast: FastWeights, chunk: Chunk, *, muon: bool, joint: bool) -> FastWeights:
+    """See `refine_kernels.lact.reference.update`."""
+    assert not joint
+    stacks = _updates(fast, chunk, L=chunk.k_BLHK.shape[1], updates=1, active_UB=None, muon=muon)
+    return _fast_weights(stacks, fast, -1)
+
+
+def sweep(
+    q_BTHK: Tensor,
+    tokens: Chunk,
+    fast: FastWeights,
+    *,
+    L: int,
+    updates: int,
+    active_UB: Tensor | None,
+    muon: bool,
+) -> tuple[Tensor, FastWeights, Any]:
+    """All chunks of texts that begin here: outputs, the weights at the end, and those after any number of updates.
+
+    active_UB: which rows make each update; None for all. The last result is a function of updates_BC.
+    """
+    stacks = _updates(fast, tokens, L=L, updates=updates, active_UB=active_UB, muon=muon)
+    outputs_BTHV: Any = _Read.apply(q_BTHK, stacks[0], stacks[1], L)
+    return outputs_BTHV, _fast_weights(stacks, fast, -1), partial(_after, stacks, fast)
+
+
+Stacks = tuple[Tensor, Tensor, Tensor | None]
+"""Weights before each chunk and after the last, the same in the dtype of keys, and momenta; [B, H, N, 3, M, M]."""
+
+
+def _updates(fast: FastWeights, tokens: Chunk, *, L: int, updates: int, active_UB: Tensor | None, muon: bool) -> Stacks:
+    k_BTHK, v_BTHV, rates_BTH3, momentum_BTH = tokens
+    pack, momentum, keep_UN = _pack(fast.weights), None, None
+    H = pack.shape[1]
+    if fast.momentum is not None and momentum_BTH is not None:
+        momentum = _pack(fast.momentum)
+        used_BULH = momentum_BTH[:, : updates * L].float().unflatten(1, (updates, L))
+        keep_UN = used_BULH.mean(2).transpose(0, 1).flatten(1).contiguous()
+    norms_BH3M = torch.stack([fast.norms[i].squeeze(-1) for i in _ORDER], 2)
+    active_UN = None if active_UB is None else active_UB.to(torch.int32).repeat_interleave(H, 1)
+    inputs = pack, momentum, norms_BH3M, k_BTHK, v_BTHV, rates_BTH3, keep_UN, active_UN
+    made: Any = _Updates.apply(*inputs, L, updates, muon, torch.is_grad_enabled())
+    weights, narrow, momenta = made
+    return weights, weights if narrow is None else narrow, momenta
+
+
+_ORDER = (0, 2, 1)
+"""Of the weights in a pack: w0 and w2, which meet the same tokens, are neighbours."""
+
+
+def _pack(weights: Weights) -> Tensor:
+    return torch.stack([weights[i] for i in _ORDER], 2)
+
+
+def _unpacked(pack_BH3MM: Tensor) -> Weights:
+    """Each in memory of its own."""
+    w0, w2, w1 = (w.clone(memory_format=torch.contiguous_format) for w in pack_BH3MM.unbind(2))
+    return w0, w1, w2
+
+
+def _fast_weights(stacks: Stacks, fast: FastWeights, n: int) -> FastWeights:
+    weights, _, momenta = stacks
+    momentum = fast.momentum if momenta is None else _unpacked(momenta[:, :, n])
+    return FastWeights(_unpacked(weights[:, :, n]), None, momentum, fast.norms)
+
+
+def _after(stacks: Stacks, fast: FastWeights, updates_BC: Tensor) -> FastWeights:
+    """The weights of row b after updates_BC[b, c] updates, for B·C rows."""
+    weights, _, momenta = stacks
+    B, C = updates_BC.shape
+    rows_B1 = torch.arange(B, device=updates_BC.device)[:, None]
+
+    def chosen(stack: Tensor) -> Weights:
+        return _unpacked(stack[rows_B1, :, updates_BC].flatten(0, 1))
+
+    def repeated(weights: Weights) -> Weights:
+        w0, w1, w2 = (w.repeat_interleave(C, 0) for w in weights)
+        return w0, w1, w2
+
+    momentum = fast.momentum and (repeated(fast.momentum) if momenta is None else chosen(momenta))
+    return FastWeights(chosen(weights), None, momentum, repeated(fast.norms))
+
+
+def _by_head(x_BTHK: Tensor) -> Tensor:
+    """[B·H, T, K]; without a copy where the memory is in that order."""
+    return x_BTHK.transpose(1, 2).flatten(0, 1)
+
+
+def _orthogonal(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Newton-Schulz's iteration on [N, M, M] of norm 1, and what each of its steps started from."""
+    starts = []
+    for a, b, c in NEWTON_SCHULZ:
+        starts.append(x)
+        gram = kernels.product(x, x, transposed=True)
+        x = kernels.product(kernels.product(gram, gram, scale=c, plus=(b, gram)), x, plus=(a, x))
+    return x, starts
+
+
+def _orthogonal_back(dy: Tensor, starts: list[Tensor]) -> Tensor:
+    product = kernels.product
+    for x, (a, b, c) in zip(reversed(starts), reversed(NEWTON_SCHULZ), strict=True):
+        gram = product(x, x, transposed=True)
+        both = product(x, dy, dy, x, transposed=True)
+        p = product(gram, gram, scale=c, plus=(b, gram))
+        dy = product(p, dy, product(gram, both, both, gram, scale=c, plus=(b, both)), x, plus=(a, dy))
+    return dy
+
+
+class _Updates(torch.autograd.Function):
+    """The weights and momenta before each chunk and after the last: stacks, the initial ones first."""
+
+    @staticmethod
+    def forward(ctx, pack, momentum, norms, k, v, rates, keep, active, L, updates, muon, learn):  # pyright: ignore[reportIncompatibleMethodOverride]
+        B, H, _, M, _ = pack.shape
+        N, dtype = B * H, k.dtype
+        shape = k.shape
+        k, v, rates, norms = _by_head(k), _by_head(v), rates.contiguous(), norms.flatten(0, 1).contiguous()
+        weights = pack.new_empty(B, H, updates + 1, 3, M, M)
+        weights[:, :, 0] = pack
+        narrow = weights if pack.dtype == dtype else torch.empty_like(weights, dtype=dtype)
+        if narrow is not weights:
+            narrow[:, :, 0] = pack
+        momenta = None
+        if momentum is not None:
+            momenta = torch.empty_like(weights, dtype=momentum.dtype)
+            momenta[:, :, 0] = momentum
+        wide_N, narrow_N = weights.view(N, -1, 3, M, M), narrow.view(N, -1, 3, M, M)
+        momenta_N = None if momenta is None else momenta.view(N, -1, 3, M, M)
+        kept = []
+        for g in range(updates):
+            after = wide_N[:, g + 1]
+            after_narrow = after if narrow is weights else narrow_N[:, g + 1]
+            last, after_last = (None, None) if momenta_N is None else (momenta_N[:, g], momenta_N[:, g + 1])
+            on = None if active is None else active[g]
+            step = _step(narrow_N[:, g], k[:, g * L : (g + 1) * L], v[:, g * L : (g + 1) * L], rates, g * L)
+            squares = None
+            if muon or last is not None:
+                squares = kernels.momentum(step, last, None if keep is None else keep[g], on, after_last)
+            if after_last is not None:
+                step = after_last
+            starts = []
+            if muon and squares is not None:
+                step, starts = _orthogonal(kernels.scaled_to_one(step, squares, dtype).view(3 * N, M, M))
+                step = step.view(N, 3, M, M)
+            found = kernels.restored(wide_N[:, g], step, norms, on, after, after_narrow)
+            if learn:
+                kept += [found, squares, *starts]
+        ctx.save_for_backward(norms, k, v, rates, keep, active, weights, narrow, momenta, *kept)
+        ctx.sizes = shape, L, updates, muon
+        ctx.set_materialize_grads(False)
+        if narrow is weights:
+            return weights, None, momenta
+        ctx.mark_non_differentiable(narrow)
+        return weights, narrow, momenta
+
+    @staticmethod
+    def backward(ctx, dweights, _, dmomenta):  # pyright: ignore[reportIncompatibleMethodOverride]
+        norms, k, v, rates, keep, active, weights, narrow, momenta, *kept = ctx.saved_tensors
+        (B, T, H, M), L, updates, muon = ctx.sizes
+        N, dtype = B * H, k.dtype
+        weights, narrow = weights.view(N, -1, 3, M, M), narrow.view(N, -1, 3, M, M)
+        momenta, dweights, dmomenta = (
+            None if x is None else x.contiguous().view(N, -1, 3, M, M) for x in (momenta, dweights, dmomenta)
+        )
+        each = len(kept) // max(updates, 1)
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        dk[:, updates * L :], dv[:, updates * L :] = 0, 0
+        drates = torch.zeros_like(rates)
+        dnorms = torch.zeros_like(norms)
+        carried = torch.zeros(N, 3, M, M, dtype=torch.float32, device=k.device)
+        carried_momentum = None if momenta is None else torch.zeros_like(carried)
+        direct, dkeep = None, []
+        for g in reversed(range(updates)):
+            found, squares, *starts = kept[g * each : (g + 1) * each]
+            on = None if active is None else active[g]
+            at = slice(g * L, (g + 1) * L)
+            dstep = kernels.restored_back(
+                carried, direct, None if dweights is None else dweights[:, g + 1], weights[:, g + 1],
+                norms, found, on, dnorms, dtype,
+            )  # fmt: skip
+            along = None
+            if muon:
+                dstep = _orthogonal_back(dstep.view(3 * N, M, M), starts).view(N, 3, M, M)
+                along = kernels.inner_products(dstep, starts[0])
+            if muon or momenta is not None:
+                dstep, share = kernels.momentum_back(
+                    dstep, starts[0] if muon else None, squares, along,
+                    None if momenta is None else momenta[:, g], None if keep is None else keep[g], on,
+                    None if dmomenta is None else dmomenta[:, g + 1], carried_momentum, dtype,
+                )  # fmt: skip
+                dkeep.insert(0, share)
+            direct = _step_back(narrow[:, g], k[:, at], v[:, at], rates, g * L, dstep, dk[:, at], dv[:, at], drates)
+        dpack = carried if direct is None else carried + direct
+        if dweights is not None:
+            dpack = dpack + dweights[:, 0]
+        dmomentum = carried_momentum
+        if dmomentum is not None and dmomenta is not None:
+            dmomentum = dmomentum + dmomenta[:, 0]
+        return (
+            dpack.view(B, H, 3, M, M).to(weights.dtype),
+            None if dmomentum is None or momenta is None else dmomentum.view(B, H, 3, M, M).to(momenta.dtype),
+            dnorms.view(B, H, 3, M),
+            dk.view(B, H, T, M).transpose(1, 2),
+            dv.view(B, H, T, M).transpose(1, 2),
+            drates,
+            None if keep is None or not updates else torch.stack(dkeep).sum((2, 3)),
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _step(pack: Tensor, k: Tensor, v: Tensor, rates: Tensor, start: int) -> Tensor:
+    """`reference.directions` of one chunk, as a pack; k and v are [B·H, L, M]."""
+    M = k.shape[-1]
+    w02, w1 = pack[:, :2].flatten(1, 2), pack[:, 2]
+    for_02, for_1 = kernels.terms(torch.bmm(k, w02.mT), torch.bmm(v, w1), rates, start)
+    step = torch.empty_like(pack, memory_format=torch.contiguous_format)
+    torch.bmm(for_02.mT, k, out=step.view(-1, 3 * M, M)[:, : 2 * M])
+    torch.bmm(v.mT, for_1, out=step[:, 2])
+    return step
+
+
+def _step_back(
+    pack: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rates: Tensor,
+    start: int,
+    dstep: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    drates: Tensor,
+) -> Tensor:
+    """The backward of `_step`: fills dk, dv and the chunk's part of drates; returns the gradient of the pack."""
+    M = k.shape[-1]
+    w02, w1 = pack[:, :2].flatten(1, 2), pack[:, 2]
+    dstep02, dstep1 = dstep[:, :2].flatten(1, 2), dstep[:, 2]
+    both, back = torch.bmm(k, w02.mT), torch.bmm(v, w1)
+    dboth, dback = torch.bmm(k, dstep02.mT), torch.bmm(v, dstep1)
+    kernels.term_slopes(both, back, dboth, dback, rates, drates, start)
+    torch.bmm(both, dstep02, out=dk).baddbmm_(dboth, w02)
+    torch.bmm(back, dstep1.mT, out=dv).baddbmm_(dback, w1.mT)
+    dpack = torch.empty_like(dstep)
+    torch.bmm(dboth.mT, k, out=dpack.view(-1, 3 * M, M)[:, : 2 * M])
+    torch.bmm(v.mT, dback, out=dpack[:, 2])
+    return dpack
+
+
+class _Read(torch.autograd.Function):
+    """Every token's query read with its chunk's weights."""
+
+    @staticmethod
+    def forward(ctx, q, weights, narrow, L):  # pyright: ignore[reportIncompatibleMethodOverride]
+        B, T, H, M = q.shape
+        ctx.save_for_backward(q, narrow)
+        ctx.L, ctx.dtype = L, weights.dtype
+        q = _by_head(q).contiguous()
+        out = q.new_empty(B * H, T, M)
+        for q_g, pack, out_g in _in_chunks(narrow, L, q, out):
+            torch.bmm(kernels.inner(torch.bmm(q_g, pack[:, : 2 * M].mT)), pack[:, 2 * M :].mT, out=out_g)
+        return out.view(B, H, T, M).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, narrow = ctx.saved_tensors
+        B, T, H, M = q.shape
+        q, dout = _by_head(q).contiguous(), _by_head(dout).contiguous()
+        dq, dweights = q.new_empty(B * H, T, M), torch.empty_like(narrow)
+        pieces = zip(_in_chunks(narrow, ctx.L, q, dout), _in_chunks(dweights, ctx.L, dq, dq), strict=True)
+        for (q_g, pack, dout_g), (dq_g, dpack, _) in pieces:
+            w02, w1 = pack[:, : 2 * M], pack[:, 2 * M :]
+            inner = torch.bmm(dout_g, w1)
+            dboth = kernels.inner_slopes(torch.bmm(q_g, w02.mT), inner)  # the product itself is now in `inner`
+            torch.bmm(dboth, w02, out=dq_g)
+            torch.bmm(dboth.mT, q_g, out=dpack[:, : 2 * M])
+            torch.bmm(dout_g.mT, inner, out=dpack[:, 2 * M :])
+        return dq.view(B, H, T, M).transpose(1, 2), dweights.to(ctx.dtype), None, None
+
+
+def _in_chunks(stack: Tensor, L: int, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Tokens [n, L, M] of x, their weights [n, 3 M, M], the same tokens of y: all chunks at once if all are full."""
+    (N, T, M), chunks = x.shape, stack.shape[2]
+    if chunks * L == T:
+        yield x.view(-1, L, M), stack.view(-1, 3 * M, M), y.view(-1, L, M)
+        return
+    packs = stack.view(N, chunks, 3 * M, M)
+    for g in range(chunks):
+        at = slice(g * L, (g + 1) * L if g + 1 < chunks else T)
+        yield x[:, at], packs[:, g], y[:, at]

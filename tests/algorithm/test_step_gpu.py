@@ -1,0 +1,57 @@
+"""On a GPU: what is recorded and replayed gives, bit for bit, what runs without a recording."""
+
+import pytest
+import torch
+
+from refine_harness.algorithm import refine_step
+from refine_harness.config import Algorithm
+from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM, recorded
+from refine_harness.types import Batch
+
+pytestmark = pytest.mark.gpu
+ALGORITHM = Algorithm(rollouts_from="step", rollouts=2, group="position")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = DeltaNetConfig(
+        hidden_size=256, num_heads=2, num_hidden_layers=2, vocab_size=300, intermediate_size=256, initializer_range=0.1
+    )
+    return torch.nn.Module.to(DeltaNetForCausalLM(config), "cuda", torch.bfloat16).train()
+
+
+def document(seed):
+    text = torch.randint(3, 300, (2, 700), generator=torch.Generator().manual_seed(seed))
+    return Batch(text, torch.full((2,), 700)).to("cuda")
+
+
+def loss(model, seed):
+    losses = refine_step(model, document(seed), ALGORITHM, [torch.Generator().manual_seed(row) for row in range(2)])
+    return losses.ntp_sum / losses.ntp_count + losses.policy_sum / losses.policy_count
+
+
+def gradients(model, *losses):
+    model.zero_grad()
+    for each in losses:
+        each.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_replayed_is_run(model, monkeypatch):
+    loss(model, 0).backward()
+    got = [gradients(model, loss(model, seed)) for seed in (1, 2)]  # replays, of other texts at other positions
+    assert any(kept for kept in recorded._RECORDINGS[model].values())
+    monkeypatch.setattr(recorded, "_find", lambda *_: None)
+    for seed, grads in zip((1, 2), got, strict=True):
+        for name, want in gradients(model, loss(model, seed)).items():
+            torch.testing.assert_close(grads[name], want, rtol=0, atol=0, msg=name)
+
+
+def test_a_step_before_the_backward_of_another_runs_without_the_recording(model):
+    together = gradients(model, loss(model, 1), loss(model, 2))
+    model.zero_grad()
+    for seed in (1, 2):
+        loss(model, seed).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(together[name], p.grad, rtol=0, atol=0, msg=name)
