@@ -65,9 +65,10 @@ def main() -> None:
     goals = GOALS.get(asked.shape, {})
     rows = measure(model, batch, goals, asked.repeats)
     rows.append(at_most("gradient error, forked from re-read", error, allowed, 1, "relative"))
+    name = "step" if asked.shape is None else f"step-{asked.shape}"
+    print(publish(name, rows))
     if "longest" in goals:
-        rows += longest(model, goals)
-    print(publish("step" if asked.shape is None else f"step-{asked.shape}", rows))
+        print(publish(name, rows + longest(model, goals)))
 
 
 def models(asked: argparse.Namespace) -> tuple[FastWeightLM, FastWeightLM, float]:
@@ -131,31 +132,36 @@ def measure(model: FastWeightLM, batch: Batch, goals: dict[str, float], repeats:
     }
     peaks = {name: peak(model, run) for name, run in steps.items()} if torch.cuda.is_available() else {}
     unfit = [name for name, most in peaks.items() if most is None]
+    print({name: most and most / 2**30 for name, most in peaks.items()}, flush=True)
     seconds = interleaved({name: run for name, run in steps.items() if name not in unfit}, repeats)
+    print(seconds, flush=True)
     collected = collect(model, batch, REFINE, rng(batch))
-    for padded in (True, False):
-        name = f"the paper's flow, {'each prefix padded as released' if padded else 'without its padding'}"
+    flows = {"the paper's flow, each prefix padded as released": True, "the paper's flow without its padding": False}
+    for name, padded in flows.items():
         flow = partial(paper_flow, model, batch, collected.rollouts, collected.advantages_BCN, padded=padded)
         seconds[name] = median_seconds(flow, repeats=1, warm_up=0)
         print(name, seconds[name], flush=True)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    ntp, refine, *many, padded_flow, bare_flow = median.values()
     rows = [time_row(name, values) for name, values in seconds.items()]
-    rows += [
-        at_most("ReFINE step / NTP step", refine / ntp, goals.get("step"), repeats),
-        *(at_most("ReFINE step with 8 rollouts / NTP step", x / ntp, goals.get("many"), repeats) for x in many),
-        *(Row(f"{name}: does not fit", 0.0, "", 0, f"at most {goals.get('many')}", False) for name in unfit),
-        at_least("the paper's flow / ReFINE step", padded_flow / refine, goals.get("rereading"), 1),
-        at_least("the paper's flow without its padding / ReFINE step", bare_flow / refine, None, 1),
-    ]
+    for name, goal in (("ReFINE step", "step"), ("ReFINE step, 8 rollouts", "many")):
+        if name in unfit:
+            rows.append(Row(f"{name}: does not fit", 0.0, "", 1, f"at most {goals.get(goal)} NTP steps", False))
+        else:
+            rows.append(at_most(f"{name} / NTP step", median[name] / median["NTP step"], goals.get(goal), repeats))
+    refine = median.get("ReFINE step")
+    if refine is not None:
+        padded, bare = (median[name] for name in flows)
+        rows.append(at_least("the paper's flow / ReFINE step", padded / refine, goals.get("rereading"), 1))
+        rows.append(Row("the paper's flow without its padding / ReFINE step", bare / refine, "ratio", 1))
     rows += [Row(f"peak memory, {name}", most / 2**30, "GiB", 1) for name, most in peaks.items() if most is not None]
-    if peaks and peaks["ReFINE step"] is not None and peaks["NTP step"] is not None:
-        ratio = peaks["ReFINE step"] / peaks["NTP step"]
-        rows.append(at_most("peak memory, ReFINE step / NTP step", ratio, goals.get("memory"), 1))
+    least, most = peaks.get("NTP step"), peaks.get("ReFINE step")
+    if least is not None and most is not None:
+        rows.append(at_most("peak memory, ReFINE step / NTP step", most / least, goals.get("memory"), 1))
+    available = peak_rate(torch.device("cuda")) if peaks else None
+    if available is not None and refine is not None:
         rate = 6 * sum(p.numel() for p in model.parameters()) * batch.tokens / refine
-        if peak := peak_rate(torch.device("cuda")):
-            name = "share of the bfloat16 matrix peak, ReFINE step"
-            rows.append(at_least(name, rate / peak, goals.get("share"), repeats))
+        name = "share of the bfloat16 matrix peak, ReFINE step"
+        rows.append(at_least(name, rate / available, goals.get("share"), repeats))
     rows.append(Row("tokens per step", float(batch.tokens), "tokens", 1))
     return rows
 
