@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from refine_harness.data.tokenizer import WordEncoder
 from refine_harness.errors import TaskError
 from refine_harness.resources import find
+from refine_harness.synthetic.fitting import CountTokens, Example
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+log = logging.getLogger(__name__)
 
 Doc = dict[str, Any]
 """One example as lm-eval sees it."""
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Example)
 
 SPLIT = "test"
 
@@ -66,7 +72,11 @@ class GeneratorSettings:
         """Examples per task and length."""
         return self.samples if self.limit is None else min(self.samples, self.limit)
 
-    def token_counter(self, task: str) -> Callable[[str], int]:
+    def seed_of(self, task: str, length: int, index: int) -> str:
+        """What decides one example: nothing but the base seed, the task, the length and the index."""
+        return f"{self.seed}/{task}/{length}/{index}"
+
+    def token_counter(self, task: str) -> TokenCounter:
         """Counts a text's tokens, without special ones. Raises TaskError when there is no usable tokenizer."""
         if self.tokenizer is None:
             raise TaskError(
@@ -99,9 +109,32 @@ def data_folder(metadata: Mapping[str, Any]) -> str | None:
     return None if named is None else str(find(named, "configs"))
 
 
+class TokenCounter:
+    """Counts tokens as a tokenizer does: quickly while a size is searched, and exactly where one is found."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.quick: CountTokens = WordEncoder(tokenizer).count
+        """From the counts of words, each of which is tokenized once; wrong only for texts of unforeseen kinds."""
+
+    def exact(self, text: str) -> int:
+        """The tokens of the whole text, without special ones."""
+        if self._backend is not None:
+            return len(self._backend.encode(text, add_special_tokens=False).ids)
+        return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def fitted(self, make: Callable[[CountTokens], E], answer_tokens: int) -> E:
+        """The example that `make` makes with quick counts; where these are not exact, the one with exact counts."""
+        example = make(self.quick)
+        if self.exact(example.prompt) + answer_tokens == example.tokens:
+            return example
+        return make(self.exact)
+
+
 @lru_cache(maxsize=4)
-def token_counter(source: str) -> Callable[[str], int]:
-    """Counts tokens with the tokenizer at `source`, a model folder, an embedded model's name or a hub id."""
+def token_counter(source: str) -> TokenCounter:
+    """Counts with the tokenizer at `source`, a model folder, an embedded model's name or a hub id. Raises TaskError."""
     from transformers import AutoTokenizer
 
     from refine_harness.models import EMBEDDED, resolve_model
@@ -115,29 +148,43 @@ def token_counter(source: str) -> Callable[[str], int]:
             f"no tokenizer can be read from {source} ({first_line(error)}). "
             "Give the folder of a model with its tokenizer."
         ) from None
-
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-
-    def count(text: str) -> int:
-        if backend is not None:
-            return len(backend.encode(text, add_special_tokens=False).ids)
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    if count("The quick brown fox.") == 0:
+    counter = TokenCounter(tokenizer)
+    if counter.exact("The quick brown fox.") == 0:
         raise TaskError(
             f"the tokenizer of {source} makes no token of English text. Give the folder of a model with its tokenizer."
         )
-    return count
+    return counter
 
 
-def by_length(lengths: Iterable[int], make: Callable[[int], Iterable[Doc]]) -> dict[str, Dataset]:
+def doc(example: Example, index: int, length: int, **more: Any) -> Doc:
+    """An example as lm-eval sees it.
+
+    Columns: index, length (as asked), prompt, answers, tokens (prompt and room for the answer), and `more`.
+    """
+    return {
+        "index": index,
+        "length": length,
+        "prompt": example.prompt,
+        "answers": list(example.answers),
+        "tokens": example.tokens,
+        **more,
+    }
+
+
+def by_length(task: str, lengths: Iterable[int], make: Callable[[int], Iterable[Doc]]) -> dict[str, Dataset]:
     """The examples of every length, index by index, so that the first n of them spread over all lengths.
 
-    lm-eval's own `limit` cuts the front of a task; this keeps it from cutting whole lengths away.
+    lm-eval's own `limit` cuts the front of a task; this keeps it from cutting whole lengths away. The log says what
+    was made: its number and the SHA-256 that a record of scores has, too.
     """
-    columns = [list(make(length)) for length in lengths]
+    columns = [_logged(task, length, list(make(length))) for length in lengths]
     rows = [row for rank in range(max(map(len, columns), default=0)) for row in _at(columns, rank)]
     return as_dataset(rows)
+
+
+def _logged(task: str, length: int, rows: list[Doc]) -> list[Doc]:
+    log.info("%s at %d tokens: %d examples, sha256 %s", task, length, len(rows), data_sha256(rows))
+    return rows
 
 
 def _at(columns: Sequence[Sequence[T]], rank: int) -> list[T]:

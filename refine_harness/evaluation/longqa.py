@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from refine_harness.errors import TaskError, suggest
-from refine_harness.evaluation.generation import Doc, GeneratorSettings, by_length, first_line
+from refine_harness.evaluation.generation import Doc, GeneratorSettings, by_length, doc, first_line
 from refine_harness.evaluation.scorers import string_match_part
-from refine_harness.synthetic.questions import make_multidoc
+from refine_harness.synthetic.fitting import CountTokens, Example
+from refine_harness.synthetic.questions import ANSWER_TOKENS, make_multidoc
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -100,18 +101,18 @@ def load(*, corpus: CorpusName, **metadata: Any) -> dict[str, Dataset]:
     if corpus not in get_args(CorpusName):
         raise TaskError(f"{corpus} is not a question corpus; known are {', '.join(FILES)}.{suggest(corpus, FILES)}")
     settings = GeneratorSettings.read(metadata)
-    count_tokens = settings.token_counter(f"refine_longqa_{corpus}")
+    counter = settings.token_counter(f"refine_longqa_{corpus}")
     data = read_corpus(corpus, settings.data)
 
     def examples(length: int) -> Iterator[Doc]:
-        guess: int | None = None
         made = skipped = 0
         for index in _asked(len(data.questions), settings, corpus, length):
             if made == min(settings.count, len(data.questions)):
                 break
-            question = data.questions[index]
-            try:
-                example = make_multidoc(
+
+            def make(count_tokens: CountTokens, index: int = index) -> Example:
+                question = data.questions[index]
+                return make_multidoc(
                     question.text,
                     [data.paragraphs[i] for i in question.gold],
                     data.paragraphs,
@@ -119,9 +120,12 @@ def load(*, corpus: CorpusName, **metadata: Any) -> dict[str, Dataset]:
                     near=[data.paragraphs[i] for i in question.near],
                     tokens=length,
                     count_tokens=count_tokens,
-                    seed=f"{settings.seed}/{corpus}/{length}/{index}",
-                    guess=guess,
+                    seed=settings.seed_of(corpus, length, index),
+                    fill=True,
                 )
+
+            try:
+                example = counter.fitted(make, ANSWER_TOKENS)
             except TaskError as error:
                 skipped += 1
                 if not made and skipped == min(settings.samples, len(data.questions)):
@@ -130,18 +134,11 @@ def load(*, corpus: CorpusName, **metadata: Any) -> dict[str, Dataset]:
                     ) from None
                 continue
             made += 1
-            guess = example.size if guess is None else guess
-            yield {
-                "index": index,
-                "length": length,
-                "prompt": example.prompt,
-                "answers": list(example.answers),
-                "tokens": example.tokens,
-            }
+            yield doc(example, index, length)
         if skipped:
             log.warning("refine_longqa_%s: %d questions exceed %d tokens; others are asked", corpus, skipped, length)
 
-    return by_length(settings.lengths, examples)
+    return by_length(f"refine_longqa_{corpus}", settings.lengths, examples)
 
 
 def _asked(n: int, settings: GeneratorSettings, corpus: str, length: int) -> Iterator[int]:
@@ -152,9 +149,9 @@ def _asked(n: int, settings: GeneratorSettings, corpus: str, length: int) -> Ite
     yield from range(len(first), n)
 
 
-def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def process_results(example: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """1 if any right answer is found, under the name of the example's length."""
-    return {str(doc["length"]): string_match_part(results[0], doc["answers"])}
+    return {str(example["length"]): string_match_part(results[0], example["answers"])}
 
 
 @lru_cache(maxsize=4)

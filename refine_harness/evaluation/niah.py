@@ -13,10 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refine_harness.errors import TaskError, suggest
-from refine_harness.evaluation.generation import Doc, GeneratorSettings, by_length, first_line
+from refine_harness.evaluation.generation import Doc, GeneratorSettings, by_length, doc, first_line
 from refine_harness.evaluation.scorers import string_match_all
 from refine_harness.resources import resource
-from refine_harness.synthetic.needles import SPECS, Haystack, make_niah, split_sentences
+from refine_harness.synthetic.fitting import CountTokens
+from refine_harness.synthetic.needles import (
+    ANSWER_TOKENS,
+    SPECS,
+    Haystack,
+    NiahExample,
+    make_niah,
+    split_sentences,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,49 +45,42 @@ def load(*, spec: str, essays: str | None = None, **metadata: Any) -> dict[str, 
     if spec not in SPECS:
         raise TaskError(f"{spec} is not a needle task; known are {', '.join(SPECS)}.{suggest(spec, SPECS)}")
     settings = GeneratorSettings.read(metadata)
-    count_tokens = settings.token_counter(f"refine_{spec}")
+    counter = settings.token_counter(f"refine_{spec}")
     hidden_in = haystack(essays)
 
     def examples(length: int) -> Iterator[Doc]:
-        guess = None
         for index in range(settings.count):
-            example = make_niah(
-                SPECS[spec],
-                tokens=length,
-                count_tokens=count_tokens,
-                seed=f"{settings.seed}/{spec}/{length}/{index}",
-                haystack=hidden_in,
-                guess=guess,
-            )
-            # Always the first example's, so that no example depends on how many others there are.
-            guess = example.size if guess is None else guess
-            yield {
-                "index": index,
-                "length": length,
-                "prompt": example.prompt,
-                "answers": list(example.answers),
-                "tokens": example.tokens,
-                "depths": list(example.depths),
-            }
 
-    return by_length(settings.lengths, examples)
+            def make(count_tokens: CountTokens, index: int = index) -> NiahExample:
+                seed = settings.seed_of(spec, length, index)
+                return make_niah(SPECS[spec], tokens=length, count_tokens=count_tokens, seed=seed, haystack=hidden_in)
+
+            example = counter.fitted(make, ANSWER_TOKENS)
+            yield doc(example, index, length, depths=list(example.depths))
+
+    return by_length(f"refine_{spec}", settings.lengths, examples)
 
 
-def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def process_results(example: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """The share of the answers found, under the name of the example's length."""
-    return {str(doc["length"]): string_match_all(results[0], doc["answers"])}
+    return {str(example["length"]): string_match_all(results[0], example["answers"])}
 
 
 @lru_cache(maxsize=2)
 def haystack(essays: str | None = None) -> Haystack:
     """The packaged words, and the packaged essays or the text at `essays`. Raises TaskError."""
     folder = resource("tasks") / "niah" / "data"
-    words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+    words = word_lists()
     text = _packaged_essays(folder) if essays is None else _text(essays)
     sentences = split_sentences(text)
     if not sentences:
         raise TaskError(f"{essays} holds no text to hide needles in. Name a UTF-8 text file with some prose.")
     return Haystack(tuple(sentences), tuple(words["nouns"]), tuple(words["adjectives"]))
+
+
+def word_lists() -> dict[str, list[str]]:
+    """The packaged nouns, adjectives and verbs."""
+    return json.loads((resource("tasks") / "niah" / "data" / "words.json").read_text(encoding="utf-8"))
 
 
 def _packaged_essays(folder: Path) -> str:

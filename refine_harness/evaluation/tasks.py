@@ -1,13 +1,14 @@
 """Names of benchmarks become lm-eval tasks, and lm-eval's results become scores.
 
-The command line says `niah`, `longqa`, `longbench`; lm-eval's registry says `refine_niah`, `refine_longqa`,
-`refine_longbench`, so that its stock tasks stay what they are. A name is looked up in this order:
+The command line says `ruler`, `longbench`, `short`; lm-eval's registry says `refine_ruler`, `refine_longbench`,
+`refine_short`, so that its stock tasks stay what they are. A name is looked up in this order:
 
 1. a group or task of ours, with or without `refine_`: niah, niah_single_1, longbench_hotpotqa, refine_longqa_squad;
 2. any stock lm-eval name: arc_easy, triviaqa, mmlu;
 3. the end of exactly one task of ours: single_1, squad, hotpotqa.
 
-`stock:NAME` is the stock task where ours has its name (stock:niah_single_1).
+`stock:NAME` is the stock task where ours has its name (stock:niah_single_1). Data of stock tasks, `short` among them,
+come from the hub, or from a copy of the hub's data set under the data folder: DIR/allenai/ai2_arc for arc_easy.
 
 Unknown names are refused before anything is built; `Resolved.load` then builds all examples, so that missing data
 is reported before a model is loaded.
@@ -32,7 +33,8 @@ import yaml
 
 from refine_harness.config import Evaluation
 from refine_harness.errors import TaskError, suggest
-from refine_harness.evaluation.generation import data_sha256, first_line
+from refine_harness.evaluation import longbench
+from refine_harness.evaluation.generation import data_folder, data_sha256, first_line
 from refine_harness.resources import resource
 
 if TYPE_CHECKING:
@@ -40,9 +42,12 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
 
+log = logging.getLogger(__name__)
+
 PREFIX = "refine_"
 STOCK = "stock:"
-_NAME = re.compile(r"^(?:task|group):[ \t]*[\"']?([^\s#\"']+)", re.MULTILINE)
+_TASK = re.compile(r"^task:[ \t]*[\"']?([^\s#\"']+)", re.MULTILINE)
+_GROUP = re.compile(r"^group:[ \t]*[\"']?([^\s#\"']+)", re.MULTILINE)
 _TAG = re.compile(r"^tag:[ \t]*(.*(?:\n[ \t]*-.*)*)", re.MULTILINE)
 
 
@@ -57,17 +62,39 @@ def our_groups() -> dict[str, tuple[str, ...]]:
 
 
 @lru_cache(maxsize=1)
+def chosen_metrics() -> dict[str, dict[str, str]]:
+    """Registry name of a group of stock tasks -> task -> the one of its metrics that the group's mean takes."""
+    chosen: dict[str, dict[str, str]] = {}
+    for path in sorted(resource("tasks").glob(f"*/{PREFIX}*.yaml")):
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if metrics := (tree.get("metadata") or {}).get("metrics"):
+            chosen[tree["group"]] = metrics
+    return chosen
+
+
 def stock_names() -> frozenset[str]:
-    """Every name in lm-eval's own task folder, read as text: building its index takes many times as long."""
+    """Every name in lm-eval's own task folder."""
+    return frozenset(_stock_folders())
+
+
+@lru_cache(maxsize=1)
+def _stock_folders() -> dict[str, Path | None]:
+    """Names in lm-eval's own task folder -> the folder of a single task's YAML; None for groups and tags.
+
+    Read as text: building lm-eval's index of them all takes many times as long.
+    """
     import lm_eval.tasks
 
-    names: set[str] = set()
-    for path in Path(str(lm_eval.tasks.__file__)).parent.rglob("*.yaml"):
+    folders: dict[str, Path | None] = {}
+    for path in sorted(Path(str(lm_eval.tasks.__file__)).parent.rglob("*.yaml")):
         text = path.read_text(encoding="utf-8", errors="replace")
-        names.update(_NAME.findall(text))
+        groups = set(_GROUP.findall(text))
         for tags in _TAG.findall(text):
-            names.update(re.findall(r"[^\s,\[\]\"'-][^\s,\[\]\"']*", tags))
-    return frozenset(names)
+            groups.update(re.findall(r"[^\s,\[\]\"'-][^\s,\[\]\"']*", tags))
+        for name in _TASK.findall(text):
+            folders.setdefault(name, path.parent)
+        folders.update(dict.fromkeys(groups))
+    return folders
 
 
 @dataclass(frozen=True)
@@ -76,7 +103,7 @@ class TaskScore:
 
     kind: Literal["task", "group"]
     group: str | None
-    """niah, longqa, longbench or a stock group; None for a stock task asked for by itself."""
+    """niah, ruler, longbench or another of ours, or a stock group; None for a stock task asked for by itself."""
     task: str
     """The task's short name; of a group's mean, the group's."""
     metric: str
@@ -110,16 +137,17 @@ class Resolved:
     @cached_property
     def _loaded(self) -> TaskDict:
         try:
-            with _lm_eval_randomness():
+            with _lm_eval_randomness(), _copies_under(data_folder({"data": self.evaluation.data})):
                 return self.task_manager.load(list(self.names))
         except ValueError as error:
             if "Duplicate task" in str(error):
                 raise TaskError(f"{first_line(error)}. Ask for one of the two groups.") from None
             raise
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, KeyError) as error:
             raise TaskError(
                 f"the data of {', '.join(self.names)} cannot be loaded ({first_line(error)}). "
-                "Stock tasks read the hub, or need packages of their own: connect, install them, or leave the task out."
+                "Stock tasks read the hub, or a copy of its data set under --data (such as DIR/allenai/ai2_arc), or "
+                "need packages of their own: connect, copy or install them, or leave the task out."
             ) from None
 
     def load(self) -> TaskDict:
@@ -156,6 +184,35 @@ class Resolved:
 
 
 @contextmanager
+def _copies_under(folder: str | None) -> Iterator[None]:
+    """Data sets of the hub are read from their copies under `folder` for a while, where there are any.
+
+    lm-eval has no such setting: a stock task names its data set, and `datasets` is asked for it by that name.
+    """
+    import datasets
+
+    usual = datasets.load_dataset
+
+    def load_dataset(path: str, *args: Any, **settings: Any) -> Any:
+        copy = Path(folder or "") / path
+        if folder is None or not copy.is_dir():
+            return usual(path, *args, **settings)
+        try:
+            return usual(str(copy), *args, **settings)
+        except Exception as error:  # many kinds for one cause: this is no such data set
+            raise TaskError(
+                f"{copy} cannot be read as the hub's data set {path} ({first_line(error)}). "
+                "Copy the data set with its README.md, which says what its parts are."
+            ) from None
+
+    datasets.load_dataset = load_dataset
+    try:
+        yield
+    finally:
+        datasets.load_dataset = usual
+
+
+@contextmanager
 def _lm_eval_randomness() -> Iterator[None]:
     """Global generators as lm-eval seeds them, for the stock tasks that draw from them; then as they were."""
     import numpy as np
@@ -175,10 +232,12 @@ def resolve(names: Sequence[str], evaluation: Evaluation, tokenizer_path: str) -
     """The benchmarks called `names`, with the settings of `evaluation`; nothing is built yet.
 
     Args:
-        names: short names, registry names or stock names; see above. One that another contains is dropped.
+        names: short names, registry names or stock names; see above. One that another contains is dropped: `niah`
+            beside `ruler` is a part of it.
         tokenizer_path: folder (or id) of the tokenizer that counts the tokens of generated examples.
 
-    Raises TaskError for an unknown name, quickly: lm-eval's index of stock tasks is only built for a known one.
+    Raises TaskError for an unknown name, quickly: lm-eval's index of stock tasks is only built for a known one. Also
+    for two groups that share a task, neither of which contains the other.
     """
     if not names:
         raise TaskError("no task is named. Name one or more, such as niah,longqa,longbench.")
@@ -187,7 +246,12 @@ def resolve(names: Sequence[str], evaluation: Evaluation, tokenizer_path: str) -
     covered = {task for group in found for task in groups.get(group, ())}
     for group in found:
         covered.update(part for part in found if set(groups.get(part, (part,))) < set(groups.get(group, ())))
+    for name in found:
+        if name in covered:
+            log.info("%s is part of another benchmark asked for, and is scored there", name.removeprefix(PREFIX))
     found = [name for name in found if name not in covered]
+    _refuse_shared([name for name in found if name in groups], groups)
+    found = [part for name in found for part in _at_hand(name, groups.get(name), evaluation.data)]
     return Resolved(
         names=tuple(found),
         task_manager=_task_manager(found, evaluation, tokenizer_path),
@@ -196,9 +260,40 @@ def resolve(names: Sequence[str], evaluation: Evaluation, tokenizer_path: str) -
     )
 
 
+def _at_hand(name: str, tasks: tuple[str, ...] | None, data: str | None) -> tuple[str, ...]:
+    """The name; or, of a group of LongBench of which the data folder has only some tasks, those tasks.
+
+    They are then scored one by one, without the group's mean: a mean over fewer tasks is not the benchmark's.
+    """
+    folder = data_folder({"data": data})
+    if tasks is None or folder is None or not name.startswith(f"{PREFIX}longbench"):
+        return (name,)
+    named = {task: re.sub(rf"^{PREFIX}longbench(_e)?_", "", task) for task in tasks}
+    missing = set(longbench.missing(list(named.values()), folder))
+    if not missing or len(missing) == len(set(named.values())):
+        return (name,)
+    log.warning(
+        "%s: no data for %s; the other tasks are scored, without a mean",
+        name.removeprefix(PREFIX),
+        ", ".join(sorted(missing)),
+    )
+    return tuple(task for task, short in named.items() if short not in missing)
+
+
+def _refuse_shared(names: Sequence[str], groups: Mapping[str, Sequence[str]]) -> None:
+    """lm-eval builds no task twice, and a task's scores are one group's."""
+    owner: dict[str, str] = {}
+    for group in names:
+        for task in groups[group]:
+            if (other := owner.setdefault(task, group)) != group:
+                shared, first, second = (name.removeprefix(PREFIX) for name in (task, other, group))
+                raise TaskError(f"{first} and {second} share the task {shared}. Ask for one of the two groups.")
+
+
 def _registry_name(name: str) -> str:
     groups = our_groups()
-    ours = list(dict.fromkeys([*groups, *(task for tasks in groups.values() for task in tasks)]))
+    members = (task for tasks in groups.values() for task in tasks if task.startswith(PREFIX))
+    ours = list(dict.fromkeys([*groups, *members]))
     if name.startswith(STOCK):
         bare = name.removeprefix(STOCK)
         if bare in stock_names():
@@ -237,9 +332,12 @@ def _task_manager(names: Sequence[str], evaluation: Evaluation, tokenizer_path: 
     if evaluation.data is not None:
         metadata["data"] = evaluation.data
     logging.getLogger("lm_eval.api.task").addFilter(_not_about_metadata)
+    parts = [part for name in names for part in (name, *our_groups().get(name, ()))]
+    stock = [_stock_folders()[part] for part in parts if not part.startswith(PREFIX)]
     return TaskManager(
-        include_path=str(resource("tasks")),
-        include_defaults=any(not name.startswith(PREFIX) for name in names),
+        # Single stock tasks need their own folders only; a group or tag may name tasks of any other.
+        include_path=[*dict.fromkeys(str(folder) for folder in stock if folder), str(resource("tasks"))],
+        include_defaults=None in stock,
         metadata=metadata,
     )
 
@@ -261,7 +359,10 @@ def extract_scores(results: Mapping[str, Any], resolved: Resolved) -> list[TaskS
     scores.sort(key=lambda score: (rank.get(score.task, len(rank)), score.length or 0))
     for group, tasks in resolved.groups.items():
         short = [task.removeprefix(PREFIX) for task in tasks]
-        scores.extend(_means(group.removeprefix(PREFIX), [score for score in scores if score.task in short]))
+        chosen = chosen_metrics().get(group, {})
+        parts = [score for score in scores if score.task in short]
+        parts = [score for score in parts if chosen.get(score.task, score.metric) == score.metric]
+        scores.extend(_means(group.removeprefix(PREFIX), parts))
     scores.extend(_stock_groups(results, scores))
     return scores
 
@@ -280,8 +381,10 @@ def _scores(task: str, samples: Sequence[Mapping[str, Any]], results: Mapping[st
     metadata = (results.get("configs", {}).get(task, {}).get("metadata") or {}) if ours else {}
     better = results.get("higher_is_better", {}).get(task, {})
     group = _group_of(task, results)
-    if ours:  # the group that was asked for; for a task by itself, the one it belongs to
-        group = group.removeprefix(PREFIX) if group is not None else _our_group_of(task)
+    if group is not None:
+        group = group.removeprefix(PREFIX)
+    elif ours:  # a task by itself: the group that it belongs to
+        group = _our_group_of(task)
     by_metric: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for sample in samples:
         for metric in sample["metrics"]:

@@ -5,7 +5,8 @@ document that ends with its answers. Both are pure: text and word lists come as 
 chance decides comes from the caller's seed.
 
 What RULER leaves to luck is settled here: no key or value occurs twice in one example, so every answer is found
-exactly once in its text, and each prompt is filled on its own, so that all are as long as was asked.
+exactly once in its text, and each prompt is filled on its own, so that all are as long as was asked. An essay's last
+sentence may be cut for that, as RULER's is; so may the last line of noise or of distractors.
 
 Left out: scores, tokenizers, files.
 """
@@ -16,19 +17,17 @@ import random
 import re
 import uuid
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, islice, pairwise
 from typing import Literal
 
 from refine_harness.errors import TaskError
+from refine_harness.synthetic.fitting import CountTokens, Example, largest_fit, too_short
 
 Kind = Literal["words", "numbers", "uuids"]
 """What a key or a value looks like: adjective-noun, seven digits, a UUID of version 4."""
-
-CountTokens = Callable[[str], int]
-"""How many tokens a text has, without special tokens."""
 
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -88,6 +87,11 @@ class Haystack:
     def _word_counts(self) -> list[int]:
         return list(accumulate(len(sentence.split()) for sentence in self.sentences))
 
+    def starting_anywhere(self, seed: int | str) -> Haystack:
+        """The same prose from a sentence on that the seed decides, around its end if need be."""
+        start = random.Random(seed).randrange(max(1, len(self.sentences)))
+        return replace(self, sentences=[*self.sentences[start:], *self.sentences[:start]])
+
     def first_words(self, n: int) -> list[str]:
         """The first `n` words as sentences, the last of which may be cut."""
         total = self._word_counts[-1] if self._word_counts else 0
@@ -103,24 +107,11 @@ class Haystack:
 
 
 @dataclass(frozen=True)
-class NiahExample:
-    """One evaluation prompt and what a right answer contains."""
+class NiahExample(Example):
+    """A prompt with needles; its `size` is in words of essay, or whole lines of noise or distractors."""
 
-    input: str
-    """Instruction, text and question."""
-    answer_prefix: str
-    """How the answer begins; the end of the prompt of a base model."""
-    answers: tuple[str, ...]
-    tokens: int
-    """Of prompt and room for the answer."""
-    size: int
-    """Words (essay) or lines (noise, needle) of haystack."""
-    depths: tuple[float, ...]
-    """Where each answer stands in the prompt, from 0 (start) to 1."""
-
-    @property
-    def prompt(self) -> str:
-        return self.input + self.answer_prefix
+    depths: tuple[float, ...] = ()
+    """Where each answer stands in the text, from 0 (start) to 1."""
 
 
 def make_niah(
@@ -131,31 +122,30 @@ def make_niah(
     seed: int | str,
     haystack: Haystack,
     answer_tokens: int = ANSWER_TOKENS,
-    guess: int | None = None,
 ) -> NiahExample:
-    """A prompt that, with `answer_tokens` more, is as close to `tokens` as its haystack allows and never longer.
+    """A prompt that, with `answer_tokens` more, has `tokens` tokens or a few less, and never more.
 
-    An essay is filled word by word to within half a percent; noise and distractors are filled by whole lines: one
-    line more would be too long. `guess` is a likely `size` (that of another example of the same task and length),
-    which saves counting.
+    An essay is filled word by word; noise and distractors by lines, the last of which is cut where the length is
+    reached. Needles stand before that last line.
 
     Raises TaskError when `tokens` is too small for the question and its needles.
     """
-    rng = random.Random(seed)
-    draw = _Draw(rng, spec, haystack)
-    lowest = 0 if spec.haystack == "essay" else spec.needles
+    draw = _Draw(random.Random(seed), spec, haystack)
+    lines = spec.haystack != "essay"
+    lowest = spec.needles if lines else 0
 
-    def cost(size: int) -> int:
-        return count_tokens(draw.prompt(size)) + answer_tokens
+    def cost(size: int, cut: int = 0) -> int:
+        return count_tokens(draw.prompt(size, cut)) + answer_tokens
 
-    size = largest_fit(cost, tokens, lowest=lowest, slack=tokens // 200 if spec.haystack == "essay" else 0, guess=guess)
+    size = largest_fit(cost, tokens, lowest=lowest)
     if size is None:
-        raise TaskError(
-            f"{spec.name} cannot be made {tokens} tokens long: its question, its needles and room for an answer of "
-            f"{answer_tokens} tokens take {cost(lowest)}. Ask for a larger length."
-        )
-    prompt = draw.prompt(size)
-    text = draw.text(size)
+        raise too_short(spec.name, tokens, answer_tokens, cost(lowest))
+    cut = 0
+    if lines:
+        longest = len(draw.line(size))
+        cut = largest_fit(lambda characters: cost(size, characters), tokens, lowest=0, highest=longest) or 0
+    prompt = draw.prompt(size, cut)
+    text = draw.text(size, cut)
     return NiahExample(
         input=prompt[: -len(draw.answer_prefix)],
         answer_prefix=draw.answer_prefix,
@@ -198,25 +188,32 @@ class _Draw:
     def answer_prefix(self) -> str:
         return answer_prefix(self.spec.value_kind, [self.keys[i] for i in self.asked], len(self.answers))
 
-    def prompt(self, size: int) -> str:
+    def prompt(self, size: int, cut: int = 0) -> str:
         keys = [self.keys[i] for i in self.asked]
         ask = question(self.spec.value_kind, keys, len(self.answers))
-        return f"{preamble(self.spec.value_kind, len(self.answers))}\n{self.text(size)}\n{ask}{self.answer_prefix}"
+        text = self.text(size, cut)
+        return f"{preamble(self.spec.value_kind, len(self.answers))}\n{text}\n{ask}{self.answer_prefix}"
 
-    def text(self, size: int) -> str:
-        """`size` words (essay) or lines (noise, needle) of haystack with the needles in it."""
+    def text(self, size: int, cut: int = 0) -> str:
+        """`size` words (essay) or lines (noise, needle) of haystack with the needles in it, and `cut` characters of
+        the line that would come next."""
         if self.spec.haystack == "essay":
             return hide_in_prose(self._needles, self.haystack.first_words(size), self._depths)
-        if self.spec.haystack == "noise":
-            lines = [NOISE] * size
-        else:
-            while len(self._distractors) < size:
-                self._distractors.append(self._distractor())
-            lines = self._distractors[:size]
+        lines = [self.line(i) for i in range(size)]
         places = random.Random(self._places_seed).sample(range(size), len(self._needles))
         for place, needle in zip(sorted(places, reverse=True), self._needles, strict=True):
             lines.insert(place, needle)
+        if last := self.line(size)[:cut].rstrip():
+            lines.append(last)
         return "\n".join(lines)
+
+    def line(self, number: int) -> str:
+        """A line of noise, or a distractor."""
+        if self.spec.haystack == "noise":
+            return NOISE
+        while len(self._distractors) <= number:
+            self._distractors.append(self._distractor())
+        return self._distractors[number]
 
     def _distractor(self) -> str:
         rng, spec = self._distractor_rng, self.spec
@@ -283,49 +280,6 @@ def _number(kind: Kind, answers: int) -> tuple[str, str, str]:
 
 def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])}, and {words[-1]}"
-
-
-def largest_fit(
-    measure: Callable[[int], int], budget: int, *, lowest: int, slack: int = 0, guess: int | None = None
-) -> int | None:
-    """The largest n >= lowest with measure(n) <= budget, for a measure that grows with n; None if there is none.
-
-    With `slack`, any n that leaves no more than that of the budget. Interpolates, and bisects where that is slow;
-    `guess` only saves measurements.
-    """
-    start = lowest if guess is None else max(lowest, guess)
-    cost = measure(start)
-    if cost <= budget:
-        low, low_cost = start, cost
-        high: int | None = None
-        high_cost = 0
-    elif start == lowest:
-        return None
-    else:
-        high, high_cost = start, cost
-        low, low_cost = lowest, measure(lowest)
-        if low_cost > budget:
-            return None
-    stride, tries = 16, 0
-    while budget - low_cost > slack and (high is None or high - low > 1):
-        tries += 1
-        if high is None:
-            n = low + stride
-        elif tries % 4 == 0:
-            n = (low + high) // 2
-        else:
-            n = low + (budget - low_cost) * (high - low) // max(1, high_cost - low_cost)
-            n = min(max(n, low + 1), high - 1)
-        cost = measure(n)
-        if cost > budget:
-            high, high_cost = n, cost
-            continue
-        if high is None:
-            # Aim just past the budget, so that the next measurement bounds n from above.
-            rate = max(1e-3, (cost - low_cost) / (n - low))
-            stride = max(1, min(int((budget - cost) / rate) + 1, 1000 * (n + 16)))
-        low, low_cost = n, cost
-    return low
 
 
 DocumentKind = Literal["single", "multikey", "multivalue", "multiquery"]

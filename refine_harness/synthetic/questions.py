@@ -1,6 +1,8 @@
 """Questions over many paragraphs, as RULER builds them from SQuAD and HotpotQA (arXiv 2404.06654).
 
-The paragraphs that hold the answer are shuffled among distractors until the prompt has the length asked for.
+The paragraphs that hold the answer are shuffled among distractors until the prompt has the length asked for. RULER
+stops at the last whole document; an evaluation prompt here also takes the beginning of one more distractor, so that a
+prompt of 1,000 tokens is as long as it says.
 Pure: paragraphs come as arguments and everything that chance decides comes from the caller's seed.
 
 Left out: where questions and paragraphs come from, scores, tokenizers.
@@ -9,37 +11,21 @@ Left out: where questions and paragraphs come from, scores, tokenizers.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from refine_harness.errors import TaskError
-from refine_harness.synthetic.needles import CountTokens, largest_fit
+from refine_harness.synthetic.fitting import CountTokens, Example, largest_fit
 
 ANSWER_TOKENS = 32
 """Room that RULER leaves for the answer; it counts towards the length of an example."""
 ANSWER_PREFIX = " Answer:"
 
+_FULL = 0.995
+"""The part of a prompt's length at which it is long enough, and how many documents are tried to get there."""
+_LATER = 8
+
 _TASK = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
-
-
-@dataclass(frozen=True)
-class QaExample:
-    """One prompt and its right answers, any of which will do."""
-
-    input: str
-    """Instruction, documents and question."""
-    answer_prefix: str
-    """How the answer begins; the end of the prompt of a base model."""
-    answers: tuple[str, ...]
-    tokens: int
-    """Of prompt and room for the answer."""
-    size: int
-    """Documents."""
-
-    @property
-    def prompt(self) -> str:
-        return self.input + self.answer_prefix
 
 
 def make_multidoc(
@@ -54,12 +40,14 @@ def make_multidoc(
     seed: int | str,
     answer_tokens: int = ANSWER_TOKENS,
     guess: int | None = None,
-) -> QaExample:
+    fill: bool = False,
+) -> Example:
     """As many documents as fit into `tokens` tokens with the question and `answer_tokens` more: never more tokens.
 
     All of `gold` first, then `near` (RULER: the other paragraphs of the question's article) at random, then
     `distractors` at random, which may be the whole corpus: what is already there is passed over. A corpus that is used
-    up is repeated, as RULER does. `guess` is a likely number of documents and saves counting.
+    up is repeated, as RULER does. `guess` is a likely number of documents and saves counting. `fill` adds as many words
+    of the next document as there is room for. The example's `size` counts whole documents; any of its answers will do.
 
     Raises TaskError when the question and `gold` alone are too long.
     """
@@ -67,13 +55,15 @@ def make_multidoc(
     queue = _Queue(rng, gold, near, distractors)
     order_seed = rng.getrandbits(64)
 
-    def render(size: int) -> str:
+    def render(size: int, words: int = 0, ahead: int = 0) -> str:
         documents = queue.first(size)
+        if words:
+            documents.append(" ".join(queue.first(size + ahead + 1)[-1].split(" ")[:words]))
         random.Random(order_seed).shuffle(documents)
         return prompt(question, documents)
 
-    def cost(size: int) -> int:
-        return count_tokens(render(size)) + answer_tokens
+    def cost(size: int, words: int = 0, ahead: int = 0) -> int:
+        return count_tokens(render(size, words, ahead)) + answer_tokens
 
     size = largest_fit(cost, tokens, lowest=len(gold), guess=guess)
     if size is None:
@@ -81,8 +71,35 @@ def make_multidoc(
             f"a question, what answers it (paragraphs: {len(gold)}) and room for an answer of {answer_tokens} tokens "
             f"take {cost(len(gold))}; the length asked for is {tokens}. Ask for a larger length."
         )
-    text = render(size)
-    return QaExample(text[: -len(ANSWER_PREFIX)], ANSWER_PREFIX, tuple(answers), cost(size), size)
+    words = ahead = 0
+    if fill:
+        size, words, ahead = _filled(cost, size, len(gold), queue, tokens)
+    text = render(size, words, ahead)
+    return Example(text[: -len(ANSWER_PREFIX)], ANSWER_PREFIX, tuple(answers), cost(size, words, ahead), size)
+
+
+def _filled(
+    cost: Callable[[int, int, int], int], size: int, gold: int, queue: _Queue, tokens: int
+) -> tuple[int, int, int]:
+    """How a prompt of `size` whole documents is filled up: whole documents, words of one more, its place after them.
+
+    Usually the next document is cut. Where there is no room for a heading and a word of it, one of the longer documents
+    after it takes the place of the last whole one.
+    """
+    tries = [(size, 0), *((size - 1, ahead) for ahead in range(1, _LATER) if size > gold)]
+    found = (size, 0, 0)
+    for whole, ahead in tries:
+
+        def taken(words: int, whole: int = whole, ahead: int = ahead) -> int:
+            return cost(whole, words, ahead)
+
+        longest = len(queue.first(whole + ahead + 1)[-1].split(" "))
+        words = largest_fit(taken, tokens, lowest=0, highest=longest) or 0
+        if taken(words) > cost(*found):
+            found = whole, words, ahead
+        if cost(*found) > _FULL * tokens:
+            break
+    return found
 
 
 def prompt(question: str, documents: Sequence[str]) -> str:

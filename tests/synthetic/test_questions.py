@@ -6,7 +6,8 @@ from collections.abc import Callable
 import pytest
 
 from refine_harness.errors import TaskError
-from refine_harness.synthetic.questions import ANSWER_TOKENS, QaExample, make_multidoc, prompt
+from refine_harness.synthetic.fitting import Example
+from refine_harness.synthetic.questions import ANSWER_TOKENS, make_multidoc, prompt
 
 Count = Callable[[str], int]
 
@@ -16,7 +17,7 @@ NEAR = [f"Near paragraph {i} is from the same article as the tower." for i in ra
 QUESTION = "Who built the tower?"
 
 
-def build(tokens: int, count_tokens: Count, seed: int | str = 1, corpus: list[str] = CORPUS) -> QaExample:
+def build(tokens: int, count_tokens: Count, seed: int | str = 1, corpus: list[str] = CORPUS) -> Example:
     return make_multidoc(
         QUESTION, [GOLD], corpus, answers=["Ann"], near=NEAR, tokens=tokens, count_tokens=count_tokens, seed=seed
     )
@@ -63,6 +64,34 @@ def test_a_used_up_corpus_repeats(count_tokens: Count):
     found = documents(made.prompt)
     assert set(found) == {GOLD, *NEAR, *CORPUS[:2]}
     assert len(found) == made.size > len(set(found))
+
+
+@pytest.mark.parametrize("tokens", [600, 900])
+def test_a_filled_prompt_has_its_length_and_whole_gold(tokens: int, count_tokens: Count):
+    for seed in range(6):
+        made = make_multidoc(
+            QUESTION,
+            [GOLD],
+            CORPUS,
+            near=NEAR,
+            tokens=tokens,
+            count_tokens=count_tokens,
+            seed=seed,
+            fill=True,
+        )
+        assert made.tokens == count_tokens(made.prompt) + ANSWER_TOKENS
+        assert 0.99 * tokens <= made.tokens <= tokens
+        found = documents(made.prompt)
+        cut = [document for document in found if document not in {*CORPUS, *NEAR, GOLD}]
+        assert GOLD in found
+        assert len(cut) <= 1
+        assert all(any(whole.startswith(text) for whole in [*CORPUS, *NEAR]) for text in cut)
+
+
+def test_a_corpus_is_never_shuffled_in_place(count_tokens: Count):
+    corpus, near = list(CORPUS), list(NEAR)
+    make_multidoc(QUESTION, [GOLD], corpus, near=near, tokens=3000, count_tokens=count_tokens, seed=1, fill=True)
+    assert (corpus, near) == (CORPUS, NEAR)
 
 
 def test_documents_are_shuffled_by_the_seed_alone(count_tokens: Count):

@@ -15,19 +15,26 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 LONGBENCH = {
     "2wikimqa": ["Ann"],
+    "dureader": ["小明"],
     "gov_report": ["The report is short."],
     "hotpotqa": ["Ann", "Ann Lee"],
     "lcc": ["return x"],
+    "lsht": ["体育"],
     "multi_news": ["Much happened."],
     "multifieldqa_en": ["Ann"],
+    "multifieldqa_zh": ["小明"],
     "musique": ["Ann"],
     "narrativeqa": ["Ann"],
+    "passage_count": ["3"],
+    "passage_retrieval_en": ["Paragraph 3"],
+    "passage_retrieval_zh": ["段落3"],
     "qasper": ["yes"],
     "qmsum": ["They met."],
     "repobench-p": ["return x"],
     "samsum": ["Ann is late."],
     "trec": ["Date"],
     "triviaqa": ["Ann"],
+    "vcsum": ["会议很短。"],
 }
 """Task -> answers of every row of the fixture."""
 
@@ -74,8 +81,10 @@ def hotpot_rows() -> list[dict[str, Any]]:
 
 
 def longbench_rows(task: str) -> list[dict[str, Any]]:
+    classes = {"all_classes": ["体育", "军事"]} if task == "lsht" else {}
     return [
-        {"context": f"Some text {i} about Ann.", "input": f"question {i}", "answers": LONGBENCH[task]} for i in range(3)
+        {"context": f"Some text {i} about Ann.", "input": f"question {i}", "answers": LONGBENCH[task], **classes}
+        for i in range(3)
     ]
 
 
