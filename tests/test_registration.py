@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+
+from refine_harness.registration import BACKENDS as BACKENDS_OF_OURS
 
 MODELS = """
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -103,6 +106,12 @@ def test_a_watched_module_keeps_its_own_loader() -> None:
         "assert 'exec_module' not in vars(module.__loader__)\n"
         "assert inspect.getsource(module)"
     )
+
+
+def test_newer_releases_of_lm_eval_find_the_same_names_as_entry_points() -> None:
+    points = {point.name: point for point in entry_points(group="lm_eval.models") if point.name in BACKENDS_OF_OURS}
+    assert {name: point.value for name, point in points.items()} == BACKENDS_OF_OURS
+    assert points["refine"].load().__name__ == "RefineLM"
 
 
 def test_names_that_are_taken_stay_as_they_are() -> None:

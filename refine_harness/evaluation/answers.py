@@ -1,9 +1,9 @@
 """Token ids in, answers out: what scoring asks of a fast-weight model, without lm-eval.
 
-A prompt is read once, in pieces, with constant memory; its state is forked for each continuation;
-answers are decoded from the state, one token a step for all rows together. Rows of a batch are
-padded on the right and carry their lengths, so padding never enters a state, and a batch answers as
-each row alone does, up to rounding.
+Prompts are read in pieces, with constant memory; what several of them share is read once (`prefixes.py`), and so is
+a context for all its continuations. Rows of a batch are of similar length, padded on the right, and carry their
+lengths: padding never enters a state, and a batch answers as each row alone does, up to rounding. Answers are decoded
+from the states, one token a step for all rows together; the head is applied where a token is scored or picked.
 
 Left out: where requests come from, the order in which they are answered, caching.
 """
@@ -11,16 +11,34 @@ Left out: where requests come from, the order in which they are answered, cachin
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from refine_harness.evaluation.prefixes import Place, Stretch, Tokens, as_tokens, share
+from refine_harness.models.base import FastWeightLM, Reading
 from refine_harness.models.decode import Decoder
+from refine_harness.models.state import State
 
-_HEAD_ROWS = 1024
-"""Positions whose logits are in memory at once while continuations are scored."""
+PIECE = 8192
+"""Tokens of a row that are read at once."""
+BUDGET = 32768
+"""Tokens of all rows that are read at once: enough to keep a large GPU busy."""
+ROWS = 256
+"""Most rows that are read at once."""
+STATE_SHARE = 16
+"""The states of such rows may take one part in so many of the device's memory: several copies live at once."""
+CPU_STATE_BYTES = 2**30
+"""What they may take on a CPU."""
+FREE = 2048
+"""So many tokens are read about as fast as one: up to there padding costs nothing."""
+FILLED = 0.75
+"""Beyond that, the least share of a batch that must be tokens, not padding."""
+HEAD_ELEMENTS = 2**26
+"""Logits in memory at once while continuations are scored."""
 
 
 @dataclass(frozen=True)
@@ -48,151 +66,326 @@ class Answer:
     """What was generated, without the end token."""
 
 
+@dataclass
+class Counts:
+    """Tokens of prompts and continuations so far; decoded ones are not counted."""
+
+    asked: int = 0
+    """If every request were read alone, from its first token."""
+    read: int = 0
+    """That were read."""
+    padded: int = 0
+    """The same and the padding beside them."""
+
+
+@dataclass
+class _Scores:
+    """Sums over positions of many continuations, fetched from the device in one piece."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)
+    hits: list[Tensor] = field(default_factory=list)
+
+    def add(self, rows_N: Tensor, logits_NV: Tensor, labels_N: Tensor) -> None:
+        """Positions of continuations `rows_N` (on the CPU) whose next token is `labels_N`."""
+        self.rows.append(rows_N)
+        label_N = logits_NV.gather(-1, labels_N[:, None])[:, 0]
+        self.logprobs.append((label_N - logits_NV.logsumexp(-1)).double())
+        self.hits.append(logits_NV.argmax(-1) == labels_N)
+
+    def sums(self, count: int) -> list[tuple[float, bool]]:
+        """(log-probability, all greedy) of each continuation; positions are added in the order they came."""
+        totals_R, greedy_R = np.zeros(count), np.ones(count, dtype=bool)
+        if self.rows:
+            rows_N = torch.cat(self.rows).numpy()
+            np.add.at(totals_R, rows_N, torch.cat(self.logprobs).cpu().numpy())
+            np.logical_and.at(greedy_R, rows_N, torch.cat(self.hits).cpu().numpy())
+        return list(zip(totals_R.tolist(), greedy_R.tolist(), strict=True))
+
+
 class Answerer:
     """Reads prompts with `model` and answers them.
 
     Args:
-        model: a fast-weight language model (`read`, `logits`).
+        model: a fast-weight language model.
         tokenizer: its tokenizer.
-        piece: tokens of a row that are read at once; bounds memory, changes results by rounding only.
+        piece: tokens of a row that are read at once.
+        budget: tokens of all rows that are read at once, padding included; bounds memory.
+        rows: most rows that are read at once; None for as many as their states' memory allows, up to `ROWS`.
+
+    The last three change results by rounding only.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, piece: int = 4096) -> None:
+    def __init__(
+        self, model: FastWeightLM, tokenizer: Any, *, piece: int = PIECE, budget: int = BUDGET, rows: int | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.piece = piece
+        self.piece = min(piece, budget)
+        self.budget = budget
+        self._rows = rows
         self.end_ids = frozenset(_ids(tokenizer.eos_token_id) | _ids(getattr(model.config, "eos_token_id", None)))
         self.reads = 0
-        """Rows that were read as prompts so far."""
+        """Different prompts that were read so far."""
+        self.tokens = Counts()
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def rows(self) -> int:
+        """Most rows that are read at once."""
+        if self._rows is None:
+            self._rows = self._affordable_rows()
+        return self._rows
+
+    @torch.no_grad()
+    def _affordable_rows(self) -> int:
+        if not self.model.fixed_state:  # who knows how large it will get
+            return 8
+        token_11 = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        size = self.model.read(token_11, forkable=False).state.nbytes
+        memory = CPU_STATE_BYTES
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory // STATE_SHARE
+        return max(1, min(ROWS, memory // size))
+
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding]) -> list[Answer]:
         """An answer per prompt (at least one token each), in the order given."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         answers: list[list[int]] = [[] for _ in prompts]
         texts: list[str | None] = [None] * len(prompts)
         stops = [_Stops(self.tokenizer, self.end_ids, decoding) for decoding in decodings]
         samplers = [_Sampler(decoding, self.device) for decoding in decodings]
-        state, logits_BV = self._read([prompts[i] for i in order])
-        decoder = Decoder(self.model, state)
-        alive: list[int | None] = list(order)
+        read = self._read(prompts)
+        self.tokens.asked += sum(map(len, prompts))
+        decoder, logits_RV = Decoder(self.model, read.state_of_prompts), read.logits_RV[read.rows]
+        del read  # a decoder has memory of its own
+        alive: list[int | None] = list(range(len(prompts)))
         while True:
-            tokens = logits_BV.argmax(-1).tolist()
-            going: list[int] = []
+            picks_R = logits_RV.argmax(-1)
             for row, i in enumerate(alive):
+                if i is not None:
+                    forbidden = stops[i].token_ids if len(answers[i]) < decodings[i].min_tokens else ()
+                    if forbidden or decodings[i].temperature:
+                        picks_R[row] = samplers[i].pick(logits_RV[row], forbidden)
+            heard = _Heard(picks_R)
+            last = all(i is None or len(answers[i]) + 1 >= decodings[i].max_tokens for i in alive)
+            # A GPU reads on while this process looks at what was picked; if every answer ends here, for nothing.
+            ahead = self._logits(decoder.step(picks_R)) if heard.later and not last else None
+            going: list[int] = []
+            for row, token in enumerate(heard.tokens()):
+                i = alive[row]
                 if i is None:
                     continue
-                forbidden = stops[i].token_ids if len(answers[i]) < decodings[i].min_tokens else ()
-                if forbidden or decodings[i].temperature:
-                    tokens[row] = samplers[i].pick(logits_BV[row], forbidden)
-                texts[i] = stops[i].text_if_ended(answers[i], tokens[row])
+                texts[i] = stops[i].text_if_ended(answers[i], token)
                 if texts[i] is None:
                     going.append(row)
                 else:
                     alive[row] = None
             if not going:
                 break
+            logits_RV = self._logits(decoder.step(picks_R)) if ahead is None else ahead
             if len(going) <= len(alive) // 2:  # rows that ended read on unheard until it pays to leave them behind
                 decoder = Decoder(self.model, decoder.state.select(going))
-                alive, tokens = [alive[row] for row in going], [tokens[row] for row in going]
-            logits_BV = self._logits(decoder.step(torch.tensor(tokens, device=self.device)))
+                alive, logits_RV = [alive[row] for row in going], logits_RV[going]
         return [Answer(text or "", tuple(tokens)) for text, tokens in zip(texts, answers, strict=True)]
 
     @torch.no_grad()
     def score(
-        self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]], *, rows: int = 8
+        self, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]]
     ) -> list[list[tuple[float, bool]]]:
         """For every context, (log-probability in nats, is it the greedy answer) of each of its continuations.
 
-        Every context is read once; its state is forked for each continuation of two tokens or more, `rows` of
-        them at a time. An empty continuation has log-probability 0 and is greedy.
+        Every context is read once; its state is forked for each continuation of two tokens or more. An empty
+        continuation has log-probability 0 and is greedy.
         """
-        order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
-        state, logits_GV = self._read([contexts[i] for i in order])
-        row_of = {i: row for row, i in enumerate(order)}
-        pairs = [(i, j) for i, group in enumerate(continuations) for j in range(len(group)) if continuations[i][j]]
-        out = [[(0.0, True)] * len(group) for group in continuations]
-        if not pairs:
-            return out
-        pairs.sort(key=lambda pair: -len(continuations[pair[0]][pair[1]]))
-        for start in range(0, len(pairs), rows):
-            chunk = pairs[start : start + rows]
-            sources = torch.tensor([row_of[i] for i, _ in chunk], device=self.device)
-            scores = self._continue([continuations[i][j] for i, j in chunk], sources, state, logits_GV)
-            for (i, j), result in zip(chunk, scores, strict=True):
-                out[i][j] = result
-        return out
+        read = self._read(contexts)
+        texts = [as_tokens(tokens) for group in continuations for tokens in group]
+        sources = [row for row, group in zip(read.rows, continuations, strict=True) for _ in group]
+        for context, group in zip(contexts, continuations, strict=True):
+            self.tokens.asked += sum(len(context) + max(0, len(tokens) - 1) for tokens in group)
+        scores = _Scores()
+        some = [i for i, tokens in enumerate(texts) if len(tokens)]
+        for a in range(0, len(some), self._head_rows):
+            part = some[a : a + self._head_rows]
+            first_N = torch.tensor([int(texts[i][0]) for i in part], device=self.device)
+            scores.add(torch.tensor(part), read.logits_RV[[sources[i] for i in part]], first_N)
+        longer = [i for i in some if len(texts[i]) > 1]
+        for batch in self._batches([len(texts[i]) - 1 for i in longer]):
+            chosen = [longer[b] for b in batch]
+            self._continue([texts[i] for i in chosen], chosen, read.state.select([sources[i] for i in chosen]), scores)
+        flat = iter(scores.sums(len(texts)))
+        return [[next(flat) for _ in group] for group in continuations]
 
-    def _continue(
-        self, continuations: Sequence[Sequence[int]], sources_B: Tensor, state: Any, logits_GV: Tensor
-    ) -> list[tuple[float, bool]]:
-        """Continuations (longest first, none empty) of the contexts whose rows in `state` are `sources_B`."""
-        sums = torch.zeros(len(continuations), dtype=torch.float64)
-        greedy = torch.ones(len(continuations), dtype=torch.bool)
-        first_B = torch.tensor([tokens[0] for tokens in continuations], device=self.device)
-        _add(sums, greedy, torch.arange(len(continuations)), *_rate(logits_GV[sources_B], first_B))
-        longer = sum(len(tokens) > 1 for tokens in continuations)
-        if not longer:
-            return _pairs(sums, greedy)
-        inputs = [tokens[:-1] for tokens in continuations[:longer]]
-        for start, lengths, reading in self._pieces(inputs, state.select(sources_B[:longer])):
-            width = reading.hidden.shape[1]
-            real_BT = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
-            rows_N, steps_N = real_BT.nonzero(as_tuple=True)
-            labels = [label for b, n in enumerate(lengths) for label in continuations[b][start + 1 : start + 1 + n]]
-            labels_N = torch.tensor(labels, device=self.device)
+    def _continue(self, texts: Sequence[Tokens], names: Sequence[int], state: State, scores: _Scores) -> None:
+        """Score all but the first token of texts (longest first) that go on from the rows of `state`."""
+        for start, lengths, reading in self._pieces([tokens[:-1] for tokens in texts], state):
+            columns = torch.arange(reading.hidden.shape[1])
+            rows_N, steps_N = (columns < torch.tensor(lengths)[:, None]).nonzero(as_tuple=True)
+            labels = [texts[b][start + 1 : start + 1 + n] for b, n in enumerate(lengths)]
+            labels_N = torch.from_numpy(np.concatenate(labels).astype(np.int64)).to(self.device)
             hidden_ND = reading.hidden[rows_N.to(self.device), steps_N.to(self.device)]
-            for a in range(0, len(labels), _HEAD_ROWS):
-                part = slice(a, a + _HEAD_ROWS)
-                _add(sums, greedy, rows_N[part], *_rate(self._logits(hidden_ND[part]), labels_N[part]))
-        return _pairs(sums, greedy)
+            names_N = torch.tensor(names)[rows_N]
+            for a in range(0, len(labels_N), self._head_rows):
+                part = slice(a, a + self._head_rows)
+                scores.add(names_N[part], self._logits(hidden_ND[part]), labels_N[part])
 
-    def _read(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Tensor]:
-        """The state after each prompt (longest first, none empty) and the logits [B, V] of what comes next."""
-        self.reads += len(prompts)
-        states: list[Any] = []
-        logits: list[Tensor] = []
-        for start, lengths, reading in self._pieces(prompts):
-            ended = [b for b, n in enumerate(lengths) if start + n == len(prompts[b])]
-            if not ended:
+    # Reading ------------------------------------------------------------------------------------
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> _Read:
+        """The state after each prompt and the logits of what comes next. Equal prompts have the same row."""
+        tree = share([as_tokens(prompt) for prompt in prompts], forks=self.model.fixed_state)
+        wanted = set(tree.ends)
+        self.reads += len(wanted)
+        ended: list[tuple[State, Tensor]] = []
+        row_of_end: dict[Place, int] = {}
+        state: State | None = None
+        rows: dict[Place, int] = {}
+        for wave in tree.waves:
+            state, hidden_RD, rows = self._read_wave(wave, tree.stretches, state, rows)
+            here = [place for place in rows if place in wanted]
+            if not here:
                 continue
-            rows_E = torch.tensor(ended, device=self.device)
-            last_E = torch.tensor([lengths[b] - 1 for b in ended], device=self.device)
-            everything = len(ended) == len(lengths)
-            states.append(reading.state if everything else reading.state.select(rows_E))
-            logits.append(self._logits(reading.hidden[rows_E, last_E]))
-        # The shortest prompts ended first and lie last.
-        state = states[0] if len(states) == 1 else type(states[0]).cat(states[::-1])
-        return state, torch.cat(logits[::-1])
+            at = [rows[place] for place in here]
+            for place in here:
+                row_of_end[place] = len(row_of_end)
+            ended.append((state, hidden_RD) if at == list(range(len(state))) else (state.select(at), hidden_RD[at]))
+        after = ended[0][0] if len(ended) == 1 else State.cat([part for part, _ in ended])
+        logits_RV = self._logits(torch.cat([hidden_RD for _, hidden_RD in ended]))
+        return _Read(after, logits_RV, [row_of_end[place] for place in tree.ends])
 
-    def _pieces(self, rows: Sequence[Sequence[int]], state: Any = None) -> Iterator[tuple[int, list[int], Any]]:
+    def _read_wave(
+        self, wave: Sequence[int], stretches: Sequence[Stretch], before: State | None, rows: dict[Place, int]
+    ) -> tuple[State, Tensor, dict[Place, int]]:
+        """States and hidden states at the marks of some stretches, and which row is which."""
+        states: list[State] = []
+        hidden: list[Tensor] = []
+        found: dict[Place, int] = {}
+        plain = [i for i in wave if len(stretches[i].marks) == 1]
+        batches = [[plain[b] for b in batch] for batch in self._batches([len(stretches[i].tokens) for i in plain])]
+        batches += [[i] for i in wave if len(stretches[i].marks) > 1]
+        for batch in batches:
+            sources = [source for i in batch if (source := stretches[i].source) is not None]
+            state = None if before is None else before.select([rows[source] for source in sources])
+            for b, marks, after, hidden_RD in self._marked([stretches[i] for i in batch], state):
+                for row, mark in zip(b, marks, strict=True):
+                    found[batch[row], mark] = len(found)
+                states.append(after)
+                hidden.append(hidden_RD)
+        return states[0] if len(states) == 1 else State.cat(states), torch.cat(hidden), found
+
+    def _marked(
+        self, stretches: Sequence[Stretch], state: State | None
+    ) -> Iterator[tuple[list[int], list[int], State, Tensor]]:
+        """Read stretches (longest first; one alone if it has several marks): rows, marks, states, hidden states."""
+        forking = len(stretches[0].marks) > 1
+        for start, lengths, reading in self._pieces([s.tokens for s in stretches], state, forking):
+            if forking:
+                marks = [mark for mark in stretches[0].marks if start < mark <= start + lengths[0]]
+                if not marks:
+                    continue
+                at_1C = torch.tensor([[mark - 1 - start for mark in marks]], device=self.device)
+                yield [0] * len(marks), marks, reading.states_at(at_1C), reading.at(at_1C)[0]
+                continue
+            done = [b for b, n in enumerate(lengths) if start + n == len(stretches[b].tokens)]
+            if not done:
+                continue
+            last_E = torch.tensor([lengths[b] - 1 for b in done], device=self.device)
+            after = reading.state if len(done) == len(lengths) else reading.state.select(done)
+            done_E = torch.tensor(done, device=self.device)
+            yield done, [len(stretches[b].tokens) for b in done], after, reading.hidden[done_E, last_E]
+
+    def _pieces(
+        self, rows: Sequence[Tokens], state: State | None, forkable: bool = False
+    ) -> Iterator[tuple[int, list[int], Reading]]:
         """Read rows (longest first) piece by piece; rows that ended are dropped, so no row of a piece is empty.
 
         Yields the piece's first position, the real tokens of each row still there, and the reading.
         """
         before = len(rows)
-        for start in range(0, len(rows[0]), self.piece):
-            alive = [row[start : start + self.piece] for row in rows if len(row) > start]
+        # A reading that can be forked keeps every layer's activations.
+        size = max(1, self.piece // 4) if forkable else self.piece
+        for start in range(0, len(rows[0]), size):
+            alive = [row[start : start + size] for row in rows if len(row) > start]
             lengths = [len(row) for row in alive]
-            if len(alive) < before:
-                state = state.select(torch.arange(len(alive), device=self.device))
+            if len(alive) < before and state is not None:
+                state = state.select(slice(len(alive)))
                 before = len(alive)
-            tokens_BT = torch.zeros(len(alive), lengths[0], dtype=torch.int64)
+            tokens_BT = np.zeros((len(alive), lengths[0]), dtype=np.int64)
             for b, row in enumerate(alive):
-                tokens_BT[b, : len(row)] = torch.tensor(list(row))
-            lengths_B = torch.tensor(lengths, device=self.device)
-            reading = self.model.read(tokens_BT.to(self.device), state=state, lengths=lengths_B, forkable=False)
+                tokens_BT[b, : len(row)] = row
+            self.tokens.read += sum(lengths)
+            self.tokens.padded += tokens_BT.size
+            full = lengths[-1] == lengths[0]
+            reading = self.model.read(
+                torch.from_numpy(tokens_BT).to(self.device),
+                state=state,
+                lengths=None if full else torch.tensor(lengths, device=self.device),
+                forkable=forkable,
+            )
             state = reading.state
             yield start, lengths, reading
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Rows, by index, that are read together, the longest first: of similar length, within the budget."""
+        batches: list[list[int]] = []
+        filled = 0
+        for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            rows = len(batches[-1]) + 1 if batches else 0
+            longest = lengths[batches[-1][0]] if batches else 0
+            fits = 0 < rows <= self.rows and rows * min(longest, self.piece) <= self.budget
+            if fits and (rows * longest <= FREE or filled + lengths[i] >= FILLED * rows * longest):
+                batches[-1].append(i)
+                filled += lengths[i]
+            else:
+                batches.append([i])
+                filled = lengths[i]
+        return batches
+
+    @property
+    def _head_rows(self) -> int:
+        return max(1, HEAD_ELEMENTS // self.model.head_weight.shape[0])
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits in float32, or float64 for a float64 model."""
         logits_NV = self.model.logits(hidden_ND)
         return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Prompts that were read."""
+
+    state: State
+    logits_RV: Tensor
+    """Of what comes after each row's last token."""
+    rows: list[int]
+    """The row of each prompt."""
+
+    @property
+    def state_of_prompts(self) -> State:
+        """A row for each prompt, in order."""
+        return self.state if self.rows == list(range(len(self.state))) else self.state.select(self.rows)
+
+
+class _Heard:
+    """Picked tokens on their way from the device."""
+
+    def __init__(self, picks_R: Tensor) -> None:
+        self.later = picks_R.device.type == "cuda"
+        """Whether the device can go on meanwhile."""
+        self._picks_R = picks_R.to("cpu", non_blocking=True) if self.later else picks_R
+        if self.later:
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def tokens(self) -> list[int]:
+        """Waits for them."""
+        if self.later:
+            self._there.synchronize()
+        return self._picks_R.tolist()
 
 
 class _Stops:
@@ -268,20 +461,3 @@ def _ids(value: int | Sequence[int] | None) -> set[int]:
     if value is None:
         return set()
     return {value} if isinstance(value, int) else set(value)
-
-
-def _rate(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label (float64) and whether it is the greedy one, both on the CPU."""
-    label_N = logits_NV.gather(-1, labels_N[:, None])[:, 0]
-    logprob_N = label_N - logits_NV.logsumexp(-1)
-    return logprob_N.cpu().double(), (logits_NV.argmax(-1) == labels_N).cpu()
-
-
-def _add(sums_B: Tensor, greedy_B: Tensor, rows_N: Tensor, logprobs_N: Tensor, greedy_N: Tensor) -> None:
-    """Add each position's result to its row's, in place."""
-    sums_B.index_add_(0, rows_N, logprobs_N)
-    greedy_B[rows_N[~greedy_N]] = False
-
-
-def _pairs(sums_B: Tensor, greedy_B: Tensor) -> list[tuple[float, bool]]:
-    return list(zip(sums_B.tolist(), greedy_B.tolist(), strict=True))

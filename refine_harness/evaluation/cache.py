@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from refine_harness.errors import RunError
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of every key: raised when answers to the same request may differ from those of earlier code."""
 
 
@@ -54,11 +54,12 @@ class ResponseCache:
         row = self._database.execute("SELECT value FROM responses WHERE key = ?", (self._key(request),)).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def put(self, request: str, value: Any) -> None:
-        """Keep a JSON value; it is in the file when this returns."""
-        self._database.execute(
-            "INSERT OR REPLACE INTO responses VALUES (?, ?)", (self._key(request), json.dumps(value))
-        )
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Keep JSON values by request: all are in the file when this returns, or none if it is interrupted."""
+        rows = [(self._key(request), json.dumps(value)) for request, value in values.items()]
+        with self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?)", rows)
 
     def _key(self, request: str) -> str:
         return hashlib.sha256(f"{self._identity}{request}".encode()).hexdigest()

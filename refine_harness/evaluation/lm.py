@@ -3,9 +3,10 @@
 How they differ from lm-eval's `hf`:
 
 - A prompt has no longest length. `max_length` sets one (prompt plus answer, in tokens); longer prompts then
-  lose their middle, as LongBench cuts them, and are counted: nothing is shortened silently.
-- Prompts are read in pieces with constant memory, requests that share a context read it once, and answers are
-  decoded from the state. Padding never enters a state.
+  lose their middle, as LongBench cuts them, or meet another policy that is named, and are counted: nothing is
+  shortened silently.
+- Prompts are read in pieces with constant memory; what several begin with is read once, and so is a context for all
+  its continuations; answers are decoded from the state. Padding never enters a state.
 - Rolling log-likelihoods stream the whole document through the state: there are no disjoint windows, so every
   token is predicted from everything before it, whatever `max_length` says.
 - Several processes (accelerate launch, torchrun) share the requests among themselves and each knows all answers;
@@ -13,6 +14,10 @@ How they differ from lm-eval's `hf`:
   metrics (one per length, say) so that it cannot join them again. All must make the same calls.
 - `cache_dir` keeps every answer as it comes, under a key made of the weights and settings; the same command
   goes on after an interruption. (lm-eval's own `use_cache` keys by the request alone: give each model its own.)
+
+Requests are answered in portions that depend on nothing but the requests and the settings (`plan.py`), each by one
+process and kept as a whole: the same command gives the same scores, bit for bit, interrupted or not, with one process
+or several of the same kind. On a GPU that takes kernels whose tuning is the same each time (`refine kernels tune`).
 
 Registration under these names is elsewhere; this file registers nothing when imported.
 """
@@ -39,8 +44,10 @@ from lm_eval.api.model import TemplateLM
 
 from refine_harness.config import TestTimeConfig, load
 from refine_harness.errors import ConfigError, ModelError, TaskError, suggest
-from refine_harness.evaluation.answers import Answerer, Decoding
+from refine_harness.evaluation.answers import BUDGET, PIECE, Answerer, Decoding
 from refine_harness.evaluation.cache import ResponseCache, request_key
+from refine_harness.evaluation.plan import portions, shares
+from refine_harness.evaluation.prefixes import as_tokens
 from refine_harness.training.testtime import Adaptation, TestTimeTrainer
 
 log = logging.getLogger(__name__)
@@ -55,24 +62,50 @@ Progress = Callable[[int, int], None]
 TASK_METADATA = ("data", "data_dir", "lengths", "max_seq_lengths", "samples", "limit", "essays")
 """Keys of `model_args` that lm-eval hands to tasks as well, which the model therefore lets pass."""
 
+DECODED = 64
+"""Prompts whose answers are decoded together where the batch size is auto."""
+AUTO_TOKENS = {"cuda": 2**21, "cpu": 2**16}
+"""Most tokens of a portion there: what an interruption can cost."""
+_ENCODED = 256
+"""Texts that the tokenizer is given at once."""
+
 
 @dataclass(frozen=True)
-class _Prompt:
+class _Request:
     """One request whose answer is still to come."""
 
     index: int
-    tokens: Sequence[int]
-    """Compact (an array of C ints): thousands of long prompts wait at once."""
-    shortened: bool
+    over: bool
+    """Whether its prompt is longer than max_length allows."""
     continuation: Sequence[int] = ()
     decoding: Decoding | None = None
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What is read, and the requests that go on from there: a question, or all continuations of a context."""
+
+    tokens: Sequence[int]
+    """Compact (an array of C ints): thousands of long prompts wait at once."""
+    requests: list[_Request]
+
+    @property
+    def cost(self) -> int:
+        """Tokens to read for all of them."""
+        return len(self.tokens) + sum(len(request.continuation) for request in self.requests)
+
+    @property
+    def kind(self) -> int:
+        """Prompts of one portion have answers of the same greatest length, so that their rows end together."""
+        decoding = self.requests[0].decoding
+        return 0 if decoding is None else decoding.max_tokens
 
 
 @dataclass(frozen=True)
 class _Result:
     index: int
     value: Any
-    shortened: bool
+    over: bool
     facts: dict[str, float] = field(default_factory=dict)
     """Of the adaptation that came before this answer, if this is the first answer after it."""
     seconds: float = 0.0
@@ -87,13 +120,15 @@ class RefineLM(TemplateLM):
         device: "auto", "cpu", "cuda" or "cuda:N". CUDA falls back to the CPU where there is none, with a
             warning, because lm-eval's command line asks for "cuda:0" unless told otherwise.
         dtype: "auto" (bfloat16 on CUDA, float32 on a CPU), "float32", "float64" or "bfloat16".
-        batch_size: prompts read at once; a number, also as text. "auto" is 8. Scores do not depend on it.
+        batch_size: prompts answered at once; a number, also as text, or "auto": as many as keep the device busy,
+            by their tokens. Scores do not depend on it, but for rounding.
         max_batch_size: accepted because lm-eval passes it; unused.
         max_length: longest prompt plus answer in tokens, the begin token not counted; None for no bound.
         truncation: see `Truncation`.
         add_bos: start every prompt with the tokenizer's beginning-of-text token. None: where the model and its
             tokenizer have one.
-        piece: tokens of a prompt that are read at once; bounds memory.
+        piece: tokens of a prompt that are read at once.
+        batch_tokens: tokens of all prompts that are read at once, whatever the batch size; bounds memory.
         seed: of sampled answers (tasks that ask for sampling); each has its own stream.
         cache_dir: folder in which answers are kept.
         progress: told how far it is; None shows tqdm's bar.
@@ -110,12 +145,13 @@ class RefineLM(TemplateLM):
         *,
         device: str | None = "auto",
         dtype: str = "auto",
-        batch_size: int | str | None = 8,
+        batch_size: int | str | None = "auto",
         max_batch_size: int | str | None = None,
         max_length: int | None = None,
         truncation: Truncation = "middle",
         add_bos: bool | None = None,
-        piece: int = 4096,
+        piece: int = PIECE,
+        batch_tokens: int = BUDGET,
         seed: int = 0,
         cache_dir: str | Path | None = None,
         progress: Progress | None = None,
@@ -127,8 +163,9 @@ class RefineLM(TemplateLM):
         del max_batch_size
         for key in metadata:
             if key not in TASK_METADATA:
-                known = ("pretrained", "dtype", "max_length", "truncation", "add_bos", "piece", "seed", "cache_dir")
-                raise ConfigError(f"{key} is not an argument of this model.{suggest(key, (*known, *TASK_METADATA))}")
+                known = ("pretrained", "dtype", "max_length", "truncation", "add_bos", "seed", "cache_dir")
+                known += ("piece", "batch_tokens", *TASK_METADATA)
+                raise ConfigError(f"{key} is not an argument of this model.{suggest(key, known)}")
         if truncation not in get_args(Truncation):
             raise ConfigError(f"truncation = {truncation!r}; expected one of {', '.join(get_args(Truncation))}.")
         self.process, self.processes = _processes()
@@ -146,17 +183,26 @@ class RefineLM(TemplateLM):
         self.tokenizer = tokenizer
         self.pretrained = None if pretrained is None else str(pretrained)
         self._device = next(model.parameters()).device
-        self.batch_size = _batch_size(batch_size)
         self._max_length = None if max_length is None else int(max_length)
         self.truncation: Truncation = truncation
         has_bos = tokenizer.bos_token_id is not None
         self.add_bos = has_bos and (model.config.bos_token_id is not None if add_bos is None else bool(add_bos))
         self.seed = int(seed)
-        self.answerer = Answerer(self.model, tokenizer, piece=int(piece))
+        self._asked_size = _batch_size(batch_size)
+        self.answerer = Answerer(
+            self.model,
+            tokenizer,
+            piece=_positive("piece", piece),
+            budget=_positive("batch_tokens", batch_tokens),
+            rows=self._asked_size,
+        )
+        self.over_long: Counter[str] = Counter()
+        """Examples of each task whose prompt leaves no room for its answer within max_length."""
         self.truncated: Counter[str] = Counter()
-        """Examples of each task whose prompt was shortened."""
+        """Examples of each task whose prompt was shortened for that."""
         self.shortened: set[tuple[str, int | None]] = set()
         """The same as (task, doc_id)."""
+        self._over: set[tuple[str, int | None]] = set()
         self.adaptation: dict[str, float] = {}
         """What test-time training did, summed over all answers, kept ones included; empty without it."""
         self.seconds = 0.0
@@ -187,6 +233,11 @@ class RefineLM(TemplateLM):
     @property
     def max_gen_toks(self) -> int:
         return Decoding.max_tokens
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts answered at once, at most."""
+        return self._asked_size or min(DECODED, self.answerer.rows)
 
     @property
     def batch_sizes(self) -> dict[int, int]:
@@ -232,6 +283,7 @@ class RefineLM(TemplateLM):
             "model_dtype": str(self._dtype),
             "model_max_length": self.max_length,
             "truncation": self.truncation,
+            "over_long": dict(self.over_long),
             "truncated": dict(self.truncated),
             "add_bos": self.add_bos,
         }
@@ -246,45 +298,41 @@ class RefineLM(TemplateLM):
             for request, decoding in zip(requests, decodings, strict=True)
         ]
 
-        def prompt(index: int) -> _Prompt:
-            text, task = requests[index].args[0], _task(requests[index])
-            tokens = array("i", self.tok_encode(text) or [self.prefix_token_id])
-            tokens, shortened = self._fit(tokens, decodings[index].max_tokens, task)
-            return _Prompt(index, tokens, shortened, decoding=decodings[index])
+        def prompts(chosen: Sequence[int]) -> list[_Prompt]:
+            found = []
+            for index, tokens in zip(chosen, self._encoded([requests[i].args[0] for i in chosen]), strict=True):
+                decoding = decodings[index]
+                tokens = tokens or array("i", [self.prefix_token_id])
+                tokens, over = self._fit(tokens, decoding.max_tokens, _task(requests[index]))
+                found.append(_Prompt(tokens, [_Request(index, over, decoding=decoding)]))
+            return found
 
-        def answers(pending: Sequence[int]) -> Iterator[list[_Result]]:
-            yield from self._generate([prompt(index) for index in pending])
-
-        return self._answer("generate_until", requests, keys, answers, disable_tqdm)
+        return self._answer("generate_until", requests, keys, prompts, self._generate, disable_tqdm)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, is it the greedy answer) of every (context, continuation), in order."""
         keys = [request_key("loglikelihood", request.args) for request in requests]
 
-        def answers(pending: Sequence[int]) -> Iterator[list[_Result]]:
-            pairs = [self._encode(*requests[index].args) for index in pending]
-            tasks = [_task(requests[index]) for index in pending]
-            yield from self._score(self._pairs(pending, pairs, tasks))
+        def prompts(chosen: Sequence[int]) -> list[_Prompt]:
+            pairs: Any = [requests[index].args for index in chosen]
+            return self._contexts(chosen, self._encoded_pairs(pairs), [_task(requests[index]) for index in chosen])
 
-        results = self._answer("loglikelihood", requests, keys, answers, disable_tqdm)
+        results = self._answer("loglikelihood", requests, keys, prompts, self._score, disable_tqdm)
         return [(logprob, greedy) for logprob, greedy in results]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of every (document,) after the beginning-of-text token, read as one stream, in order."""
         keys = [request_key("loglikelihood_rolling", request.args) for request in requests]
 
-        def answers(pending: Sequence[int]) -> Iterator[list[_Result]]:
-            prompts = []
-            for index in pending:
-                tokens = self.tok_encode(requests[index].args[0], add_special_tokens=False)
-                prompts.append(_Prompt(index, array("i", [self.prefix_token_id]), False, array("i", tokens)))
-            # All share one context, the begin token; in batches, so that answers come (and are kept) one by one.
-            lengths = [len(prompt.continuation) for prompt in prompts]
-            for batch in self._by_length(range(len(prompts)), lengths):
-                for results in self._score([prompts[i] for i in batch]):
-                    yield [replace(result, value=result.value[0]) for result in results]
+        def prompts(chosen: Sequence[int]) -> list[_Prompt]:
+            begin = array("i", [self.prefix_token_id])
+            texts = self._encoded([requests[index].args[0] for index in chosen], begun=False)
+            return [_Prompt(begin, [_Request(index, False, text)]) for index, text in zip(chosen, texts, strict=True)]
 
-        return self._answer("loglikelihood_rolling", requests, keys, answers, disable_tqdm)
+        def answer(prompts: Sequence[_Prompt]) -> list[_Result]:
+            return [replace(result, value=result.value[0]) for result in self._score(prompts)]
+
+        return self._answer("loglikelihood_rolling", requests, keys, prompts, answer, disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
@@ -294,8 +342,9 @@ class RefineLM(TemplateLM):
             (array("i", context or [self.prefix_token_id]), array("i", continuation))
             for _, context, continuation in requests
         ]
-        prompts = self._pairs(range(len(pairs)), pairs, ["?"] * len(pairs))
-        values = {result.index: result.value for results in self._score(prompts) for result in results}
+        prompts = self._contexts(range(len(pairs)), pairs, ["?"] * len(pairs))
+        portions = ([prompts[i] for i in portion] for portion in self.plan(prompts))
+        values = {result.index: result.value for portion in portions for result in self._score(portion)}
         return [values[index] for index in range(len(pairs))]
 
     # How they are answered ----------------------------------------------------------------------
@@ -309,61 +358,53 @@ class RefineLM(TemplateLM):
         """The model as it answers these prompts; here, as it is."""
         return contextlib.nullcontext()
 
-    def schedule(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Which prompts, by index, are answered by one `adapted` model, in what order.
+    def plan(self, prompts: Sequence[_Prompt]) -> list[list[int]]:
+        """Which prompts, by index, are answered by one `adapted` model and kept together, in what order."""
+        generating = any(request.decoding is not None for prompt in prompts for request in prompt.requests)
+        automatic = self._asked_size is None
+        return portions(
+            [as_tokens(prompt.tokens) for prompt in prompts],
+            [prompt.cost for prompt in prompts],
+            [prompt.kind for prompt in prompts],
+            rows=self.batch_size if generating or not automatic else self.answerer.rows,
+            tokens=AUTO_TOKENS.get(self.device.type, AUTO_TOKENS["cpu"]) if automatic else None,
+        )
 
-        Here: similar lengths together, the longest first, so that what does not fit in memory fails at once.
-        """
-        return self._by_length(range(len(lengths)), lengths)
+    def _generate(self, prompts: Sequence[_Prompt]) -> list[_Result]:
+        """The answers of one portion."""
+        texts = [prompt.tokens for prompt in prompts]
+        with self.adapted(texts) as adaptation:
+            decodings = [decoding for prompt in prompts if (decoding := prompt.requests[0].decoding) is not None]
+            answers = self.answerer.generate(texts, decodings)
+        results = [
+            _Result(prompt.requests[0].index, answer.text, prompt.requests[0].over)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        return _with_facts(results, adaptation)
 
-    def _by_length(self, indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        order = sorted(indices, key=lambda i: (-lengths[i], i))
-        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-
-    def _generate(self, prompts: Sequence[_Prompt]) -> Iterator[list[_Result]]:
-        lengths = [len(prompt.tokens) for prompt in prompts]
-        for together in self.schedule(lengths):
-            results: list[_Result] = []  # handed over when the weights are back, whatever becomes of them then
-            with self.adapted([prompts[i].tokens for i in together]) as adaptation:
-                for batch in self._by_length(together, lengths):
-                    decodings = [d for i in batch if (d := prompts[i].decoding) is not None]
-                    answers = self.answerer.generate([prompts[i].tokens for i in batch], decodings)
-                    results += [
-                        _Result(prompts[i].index, answer.text, prompts[i].shortened)
-                        for i, answer in zip(batch, answers, strict=True)
-                    ]
-            yield _with_facts(results, adaptation)
-
-    def _score(self, prompts: Sequence[_Prompt]) -> Iterator[list[_Result]]:
-        """Requests with one context are answered together: it is read (and adapted on) once."""
-        groups: dict[bytes, list[_Prompt]] = {}
-        for prompt in prompts:
-            groups.setdefault(bytes(prompt.tokens), []).append(prompt)
-        members = list(groups.values())
-        contexts = [group[0].tokens for group in members]
-        lengths = [len(context) for context in contexts]
-        for together in self.schedule(lengths):
-            results: list[_Result] = []
-            with self.adapted([contexts[i] for i in together]) as adaptation:
-                for batch in self._by_length(together, lengths):
-                    continuations = [[prompt.continuation for prompt in members[i]] for i in batch]
-                    scores = self.answerer.score([contexts[i] for i in batch], continuations, rows=self.batch_size)
-                    results += [
-                        _Result(prompt.index, score, prompt.shortened)
-                        for i, group in zip(batch, scores, strict=True)
-                        for prompt, score in zip(members[i], group, strict=True)
-                    ]
-            yield _with_facts(results, adaptation)
+    def _score(self, prompts: Sequence[_Prompt]) -> list[_Result]:
+        """The same for continuations of contexts."""
+        texts = [prompt.tokens for prompt in prompts]
+        with self.adapted(texts) as adaptation:
+            continuations = [[request.continuation for request in prompt.requests] for prompt in prompts]
+            scores = self.answerer.score(texts, continuations)
+        results = [
+            _Result(request.index, score, request.over)
+            for prompt, group in zip(prompts, scores, strict=True)
+            for request, score in zip(prompt.requests, group, strict=True)
+        ]
+        return _with_facts(results, adaptation)
 
     def _answer(
         self,
         method: str,
         requests: Sequence[Instance],
         keys: Sequence[str],
-        answers: Callable[[Sequence[int]], Iterator[list[_Result]]],
+        prompts: Callable[[Sequence[int]], list[_Prompt]],
+        answer: Callable[[Sequence[_Prompt]], list[_Result]],
         quiet: bool,
     ) -> list[Any]:
-        """One value per request, in order: kept answers first, then `answers` of the requests that are left.
+        """One value per request, in order: kept answers, and those of the portions of which one is missing.
 
         Requests with equal keys are answered once, unless answers depend on their order.
         """
@@ -373,50 +414,62 @@ class RefineLM(TemplateLM):
         first: dict[str, int] = {}
         for index, key in enumerate(keys):
             same.setdefault(first.setdefault(key, index) if self.cacheable else index, []).append(index)
-        mine = self._share(requests, list(same))
+        kept = self._kept({index: keys[index] for index in same})
+        mine = self._mine(prompts(list(same)), kept) if len(kept) < len(same) else []
+        anew = {request.index for portion in mine for prompt in portion for request in prompt.requests}
         done: list[_Result] = []
-        pending: list[int] = []
-        with self._bar(method, sum(len(same[index]) for index in mine), quiet) as tick:
-            for index in mine:
-                kept = None if self._cache is None else self._cache.get(keys[index])
-                if kept is None:
-                    pending.append(index)
-                else:
-                    done.append(_Result(index, *kept))
+        if not self.process:  # what others answer again, they tell
+            done = [result for index, result in kept.items() if index not in anew]
+        with self._bar(method, sum(len(same[i]) for i in {*anew, *(r.index for r in done)}), quiet) as tick:
             tick(sum(len(same[result.index]) for result in done))
-            started = time.perf_counter()
-            for results in answers(pending) if pending else ():
+            for portion in mine:
+                started = time.perf_counter()
+                results = answer(portion)
                 results[0] = replace(results[0], seconds=time.perf_counter() - started)
-                for result in results:
-                    self._keep(method, requests[result.index], keys[result.index], result)
+                self._keep(method, requests, keys, results)
                 done += results
                 tick(sum(len(same[result.index]) for result in done))
-                started = time.perf_counter()
-        values: dict[int, Any] = {}
-        before = self.truncated.copy()
-        for part in self._everyones(done):
-            self.seconds += sum(result.seconds for result in part) / self.processes
-            for result in part:
-                self._count(result, [requests[index] for index in same[result.index]])
-                values.update(dict.fromkeys(same[result.index], result.value))
-        self._warn(self.truncated - before)
-        return [values[index] for index in range(len(requests))]
+        found: dict[int, _Result] = {}
+        for part in self._everyones(done):  # the first process's first, so that new answers stand in for kept ones
+            found.update((result.index, result) for result in part)
+        before = self.over_long.copy()
+        for result in found.values():
+            self._count(result, [requests[index] for index in same[result.index]])
+        self._warn(self.over_long - before)
+        values: list[Any] = [None] * len(requests)
+        for index, others in same.items():
+            for other in others:
+                values[other] = found[index].value
+        return values
 
-    def _share(self, requests: Sequence[Instance], indices: list[int]) -> list[int]:
-        """Which of the requests this process answers: about as much text for each, a context's all together."""
-        if self.processes == 1:
-            return indices
-        of_context: dict[str, list[int]] = {}
-        for index in indices:
-            of_context.setdefault(requests[index].args[0], []).append(index)
-        loads = [0] * self.processes
-        mine: list[int] = []
-        for context in sorted(of_context, key=lambda context: -len(context)):
-            process = loads.index(min(loads))
-            loads[process] += len(context)
-            if process == self.process:
-                mine += of_context[context]
-        return sorted(mine)
+    def _kept(self, keys: dict[int, str]) -> dict[int, _Result]:
+        """Answers that were kept, by request: every process knows what the first one sees."""
+        kept = None
+        if self._cache is not None and not self.process:
+            cache = self._cache
+            kept = {index: value for index, key in keys.items() if (value := cache.get(key)) is not None}
+        if self.processes > 1:
+            shared = [kept]
+            torch.distributed.broadcast_object_list(shared)
+            kept = shared[0]
+        return {index: _Result(index, *value) for index, value in (kept or {}).items()}
+
+    def _mine(self, prompts: list[_Prompt], kept: dict[int, _Result]) -> list[list[_Prompt]]:
+        """The portions that this process answers: its share of those of which an answer is missing."""
+        planned = [[prompts[i] for i in portion] for portion in self.plan(prompts)]
+        missing = [
+            portion
+            for portion in planned
+            if any(request.index not in kept for prompt in portion for request in prompt.requests)
+        ]
+        if len(missing) < self.processes and not self.process:
+            log.warning(
+                "%d portions of work for %d processes: some have nothing to do. A smaller batch size makes more.",
+                len(missing),
+                self.processes,
+            )
+        costs = [sum(prompt.cost for prompt in portion) for portion in missing]
+        return [missing[i] for i in shares(costs, self.processes)[self.process]]
 
     def _everyones(self, results: list[_Result]) -> list[list[_Result]]:
         """The results of every process, in every process."""
@@ -426,26 +479,32 @@ class RefineLM(TemplateLM):
         torch.distributed.all_gather_object(parts, results)
         return parts
 
-    def _keep(self, method: str, request: Instance, key: str, result: _Result) -> None:
+    def _keep(self, method: str, requests: Sequence[Instance], keys: Sequence[str], results: list[_Result]) -> None:
         if self._cache is not None:
-            self._cache.put(key, [result.value, result.shortened, result.facts, result.seconds])
+            self._cache.put({keys[r.index]: [r.value, r.over, r.facts, r.seconds] for r in results})
         if self.cacheable:
-            self.cache_hook.add_partial(method, request.args, result.value)
+            for result in results:
+                self.cache_hook.add_partial(method, requests[result.index].args, result.value)
 
     def _count(self, result: _Result, requests: Sequence[Instance]) -> None:
+        self.seconds += result.seconds / self.processes
         for name, value in result.facts.items():
             self.adaptation[name] = self.adaptation.get(name, 0.0) + value
-        for request in requests if result.shortened else ():
+        for request in requests if result.over else ():
             example = (_task(request), request.doc_id)
-            if example not in self.shortened:
+            if example in self._over:
+                continue
+            self._over.add(example)
+            self.over_long[example[0]] += 1
+            if self.truncation != "none":
                 self.shortened.add(example)
                 self.truncated[example[0]] += 1
 
-    def _warn(self, shortened: Counter[str]) -> None:
-        if shortened and not self.process:
-            how = "their middle" if self.truncation == "middle" else "their start"
-            what = ", ".join(f"{task} {count}" for task, count in sorted(shortened.items()))
-            log.warning("prompts longer than max_length = %s tokens lost %s: %s", self.max_length, how, what)
+    def _warn(self, over: Counter[str]) -> None:
+        if over and not self.process:
+            became = {"middle": "lost their middle", "left": "lost their start"}.get(self.truncation, "were read whole")
+            what = ", ".join(f"{task} {count}" for task, count in sorted(over.items()))
+            log.warning("prompts longer than max_length = %s tokens %s: %s", self.max_length, became, what)
 
     @contextlib.contextmanager
     def _bar(self, method: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
@@ -459,47 +518,77 @@ class RefineLM(TemplateLM):
             from tqdm import tqdm
 
             with tqdm(total=total, desc=method) as bar:
+                started = False
 
                 def tick(done: int) -> None:
+                    nonlocal started
+                    if not started:  # kept answers took no time: the time left is not told from them
+                        bar.initial, started = done, True
                     bar.update(done - bar.n)
 
                 yield tick
 
     # Tokens -------------------------------------------------------------------------------------
 
-    def _encode(self, context: str, continuation: str) -> tuple[array[int], array[int]]:
-        """Context and continuation tokens, as lm-eval's template splits them."""
-        if context == "":
-            before, after = [], self.tok_encode(continuation, add_special_tokens=False)
-            if after[:1] == [self.prefix_token_id]:
-                before, after = after[:1], after[1:]
-        else:
-            before, after = self._encode_pair(context, continuation)
-        return array("i", before or [self.prefix_token_id]), array("i", after)
+    def _encoded(self, texts: Sequence[str], *, begun: bool = True) -> list[array[int]]:
+        """The tokens of many texts, each as `tok_encode` has them; begun: with its begin token, if `add_bos`."""
+        different = list(dict.fromkeys(texts))
+        of_text: dict[str, array[int]] = {}
+        bos = self.tokenizer.bos_token_id
+        for start in range(0, len(different), _ENCODED):
+            part = different[start : start + _ENCODED]
+            encoded = self.tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for text, tokens in zip(part, encoded["input_ids"], strict=True):
+                begin = [bos] if begun and self.add_bos and tokens[:1] != [bos] else []
+                of_text[text] = array("i", [*begin, *tokens])
+        return [of_text[text] for text in texts]
 
-    def _pairs(
+    def _encoded_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[array[int], array[int]]]:
+        """The tokens of contexts and continuations, split as lm-eval's template splits them.
+
+        Space at a context's end belongs to the continuation, and a continuation's tokens are those that the whole
+        text has beyond its context's.
+        """
+        moved = [(context.rstrip(), context[len(context.rstrip()) :] + after) for context, after in pairs]
+        contexts = self._encoded([before for before, _ in moved])
+        wholes = self._encoded([before + after for before, after in moved])
+        found = []
+        for (context, after), before, whole in zip(pairs, contexts, wholes, strict=True):
+            if context == "":
+                [whole] = self._encoded([after], begun=False)
+                before = whole[: int(whole[:1] == array("i", [self.prefix_token_id]))]
+            found.append((before or array("i", [self.prefix_token_id]), whole[len(before) :]))
+        return found
+
+    def _contexts(
         self, indices: Sequence[int], pairs: Sequence[tuple[array[int], array[int]]], tasks: Sequence[str]
     ) -> list[_Prompt]:
-        """Contexts cut so that the longest of their continuations fits: rivals are judged after the same words."""
-        longest: dict[bytes, int] = {}
-        for context, continuation in pairs:
-            key = bytes(context)
-            longest[key] = max(longest.get(key, 0), len(continuation))
-        prompts = []
-        for index, (context, continuation), task in zip(indices, pairs, tasks, strict=True):
-            tokens, shortened = self._fit(context, longest[bytes(context)], task)
-            prompts.append(_Prompt(index, tokens, shortened, continuation))
-        return prompts
+        """A prompt for each context, with its continuations.
+
+        It is cut so that the longest of them fits: rivals are judged after the same words.
+        """
+        members: dict[bytes, list[int]] = {}
+        for i, (context, _) in enumerate(pairs):
+            members.setdefault(bytes(context), []).append(i)
+        prompts: dict[bytes, _Prompt] = {}
+        for group in members.values():
+            longest = max(len(pairs[i][1]) for i in group)
+            tokens, over = self._fit(pairs[group[0]][0], longest, tasks[group[0]])
+            prompt = prompts.setdefault(bytes(tokens), _Prompt(tokens, []))
+            prompt.requests.extend(_Request(indices[i], over, pairs[i][1]) for i in group)
+        return list(prompts.values())
 
     def _fit(self, tokens: array[int], answer: int, task: str) -> tuple[array[int], bool]:
-        """The prompt with room left for `answer` tokens within max_length, and whether it was shortened.
+        """The prompt with room left for `answer` tokens within max_length, and whether it had too little.
 
         The begin token is not counted, and stays: tasks fill prompts to a length without it.
         """
         begun = int(tokens[0] == self.tokenizer.bos_token_id)
         first, body = tokens[:begun], tokens[begun:]
-        if self.max_length is None or self.truncation == "none" or len(body) + answer <= self.max_length:
+        if self.max_length is None or len(body) + answer <= self.max_length:
             return tokens, False
+        if self.truncation == "none":
+            return tokens, True
         room = self.max_length - answer
         if room < 2:
             raise TaskError(
@@ -594,9 +683,9 @@ class RefineTTTLM(RefineLM):
     def cacheable(self) -> bool:
         return self.test_time.restore == "prompt"
 
-    def schedule(self, lengths: Sequence[int]) -> list[list[int]]:
+    def plan(self, prompts: Sequence[_Prompt]) -> list[list[int]]:
         size = 1 if self.test_time.restore == "prompt" else self.test_time.batch.sequences
-        return [list(range(start, min(start + size, len(lengths)))) for start in range(0, len(lengths), size)]
+        return [list(range(start, min(start + size, len(prompts)))) for start in range(0, len(prompts), size)]
 
     @contextlib.contextmanager
     def adapted(self, prompts: Sequence[Sequence[int]]) -> Iterator[Adaptation]:
@@ -688,11 +777,15 @@ def _tokenizer(name: str, model: Any) -> Any:
     return tokenizer
 
 
-def _batch_size(value: int | str | None) -> int:
-    text = "8" if value is None or str(value).startswith("auto") else str(value)
-    if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"batch_size = {value}; expected a positive number or auto.")
-    return int(text)
+def _batch_size(value: int | str | None) -> int | None:
+    """A number; None for auto."""
+    return None if value is None or str(value).startswith("auto") else _positive("batch_size", value, " or auto")
+
+
+def _positive(name: str, value: int | str, other: str = "") -> int:
+    if not str(value).isdigit() or int(value) < 1:
+        raise ConfigError(f"{name} = {value}; expected a positive number{other}.")
+    return int(value)
 
 
 def _processes() -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from typing import Any
 
 import pytest
@@ -233,6 +234,39 @@ def test_a_long_prompt_loses_its_middle_and_is_counted(folder, caplog):
     assert lm.get_model_info()["truncated"] == {"a": 1, "b": 1}
 
 
+def test_prompts_that_are_read_whole_though_too_long_are_counted_as_such(folder, caplog):
+    lm = RefineLM(folder, device="cpu", max_length=30, truncation="none", progress=lambda *_: None)
+    lm.generate_until([generation(TEXT, "a"), generation(TEXT[:9], "a", 1)])
+    info = lm.get_model_info()
+    assert (info["over_long"], info["truncated"], lm.shortened) == ({"a": 1}, {}, set())
+    assert "were read whole: a 1" in caplog.text
+
+
+def test_pairs_are_split_as_lm_evals_template_splits_them(lm):
+    pairs = [(TEXT[:n], more) for n in (3, 12, 20, 21, 60) for more in (" boats", "", "s and ", "\n")]
+    pairs += [("  ", "a"), ("40 boats  \n", "before")]
+    for pair, (context, continuation) in zip(pairs, lm._encoded_pairs(pairs), strict=True):
+        assert (context.tolist(), continuation.tolist()) == lm._encode_pair(*pair)
+
+
+def test_answers_of_different_greatest_length_are_decoded_apart(lm):
+    requests = [generation(prompt, max_gen_toks=2 + 4 * (i % 2), doc_id=i) for i, prompt in enumerate(PROMPTS)]
+    together = []
+    original = lm.answerer.generate
+    lm.answerer.generate = lambda prompts, decodings: (
+        together.append({decoding.max_tokens for decoding in decodings}) or original(prompts, decodings)
+    )
+    lm.generate_until(requests)
+    assert together == [{2}, {6}] or together == [{6}, {2}]
+
+
+def test_a_bad_size_is_refused(folder):
+    for name in ("batch_size", "batch_tokens", "piece"):
+        size: Any = {name: -3}
+        with pytest.raises(ConfigError, match=f"{name} = -3; expected a positive number"):
+            RefineLM(folder, device="cpu", **size)
+
+
 def test_rival_continuations_follow_the_same_cut_context(folder):
     lm = RefineLM(folder, dtype="float64", device="cpu", max_length=30, progress=lambda *_: None)
     requests = [likelihood(TEXT, " a"), likelihood(TEXT, " counted 40 boats")]
@@ -281,6 +315,18 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(folder, tmp_path):
     assert third.truncated["t"] > 0
 
 
+def test_a_portion_is_answered_again_as_a_whole_so_that_no_bit_depends_on_what_was_kept(folder, tmp_path):
+    """In float32, where the shape of a batch shows in the last bits of a score."""
+    requests = [likelihood(TEXT[:n], TEXT[n : n + 9], doc_id=n) for n in range(3, 150, 7)]
+    settings = {"dtype": "float32", "device": "cpu", "progress": lambda *_: None}
+    whole = RefineLM(folder, batch_size=4, cache_dir=tmp_path, **settings).loglikelihood(requests)
+    assert whole != RefineLM(folder, batch_size=1, **settings).loglikelihood(requests), "or this would show nothing"
+    with sqlite3.connect(tmp_path / "responses.sqlite") as database:
+        database.execute("DELETE FROM responses WHERE rowid % 3 = 0 OR rowid > 16")
+    again = RefineLM(folder, batch_size=4, cache_dir=tmp_path, **settings)
+    assert again.loglikelihood(requests) == whole
+
+
 def test_kept_answers_belong_to_weights_and_settings_not_to_a_name(folder, tmp_path):
     request = [generation(PROMPTS[1]), generation(PROMPTS[2])]
     pairs = [likelihood(PROMPTS[1], " boats")]
@@ -303,19 +349,6 @@ def test_kept_answers_belong_to_weights_and_settings_not_to_a_name(folder, tmp_p
     other = RefineLM(folder, model=model, tokenizer=tokenizer, cache_dir=tmp_path, progress=lambda *_: None)
     other.generate_until(request)
     assert other.answerer.reads == 2
-
-
-def test_processes_share_all_requests_and_none_twice(lm):
-    requests = [likelihood(a, b) for b in (" a", " the keeper") for a in PROMPTS]
-    lm.processes = 3
-    shares = []
-    for lm.process in range(3):
-        shares.append(lm._share(requests, list(range(len(requests)))))
-    assert sorted(i for share in shares for i in share) == list(range(len(requests)))
-    contexts = [{requests[i].args[0] for i in share} for share in shares]
-    assert sum(map(len, contexts)) == len(set().union(*contexts)), "a context is read by one process only"
-    lengths = [sum(len(requests[i].args[0]) for i in share) for share in shares]
-    assert max(lengths) < 1.1 * min(lengths)
 
 
 def test_progress_counts_up_to_all_requests(folder):
@@ -382,7 +415,7 @@ def test_continuations_share_one_adaptation_on_their_context(folder, lm):
     pairs = [likelihood(a, b) for a in PROMPTS[1:3] for b in (" boats", " the keeper", ".")]
     scores = adapting.loglikelihood(pairs)
     assert adapting.adaptation["prompts"] == 2
-    context, continuation = map(list, adapting._encode(*pairs[4].args))
+    context, continuation = adapting._encode_pair(*pairs[4].args)
     with adapting.adapted([context]):
         expected = plain_loglikelihood(adapting, context, continuation)
     assert scores[4] == (pytest.approx(expected[0], abs=1e-9), expected[1])
