@@ -214,9 +214,15 @@ def evaluate(
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option("--max-length", help="Longest prompt plus answer in tokens; longer prompts lose their middle."),
+        typer.Option("--max-length", help="Longest prompt plus answer in tokens; longer prompts are counted."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Prompts read at once.")] = None,
+    truncation: Annotated[
+        str | None,
+        typer.Option("--truncation", help="What a longer prompt loses: middle (the default), left, error or none."),
+    ] = None,
+    batch_size: Annotated[
+        str | None, typer.Option("--batch-size", help="Prompts answered at once; auto fills the device.")
+    ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32, float64 or bfloat16.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seeds generated examples.")] = None,
@@ -247,7 +253,8 @@ def evaluate(
         limit=limit,
         data=data,
         max_length=max_length,
-        batch_size=batch_size,
+        truncation=truncation,
+        batch_size=batch_size if batch_size is None or not batch_size.isdigit() else int(batch_size),
         device=device,
         dtype=dtype,
         seed=seed,
@@ -264,6 +271,79 @@ def evaluate(
     from refine_harness import run
 
     run.evaluate(model, out, evaluation, backend.value, test_time, name, sys.argv)
+
+
+@command(app, "compare")
+def compare_runs(
+    first: Annotated[
+        str,
+        typer.Argument(help="Folder that eval or train wrote, or a record; several seeds as A1,A2,A3.", metavar="A"),
+    ],
+    second: Annotated[str, typer.Argument(help="Likewise; differences are B minus A.", metavar="B")],
+    holm: Annotated[
+        bool, typer.Option("--holm", help="Also show p-values corrected for the number of scores compared.")
+    ] = False,
+    resamples: Annotated[
+        int, typer.Option("--resamples", min=100, max=1_000_000, help="Of the bootstrap and of drawn tests.")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seeds the resampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every number in full.")] = False,
+) -> None:
+    """Compare two runs on the same examples: difference, interval and p-value for each task and group.
+
+    With several seeds a side, intervals and p-values take in how much seeds differ; a winner needs three a side.
+
+    Examples:
+
+    - `refine compare runs/base runs/mid`
+
+    - `refine compare runs/ntp-0,runs/ntp-1,runs/ntp-2 runs/refine-0,runs/refine-1,runs/refine-2 --holm`
+    """
+    from refine_harness.evaluation.compare import compare, comparison_table, open_run
+
+    paths = [comma_list(name, text, str) for name, text in (("A", first), ("B", second))]
+    sides = [[open_run(path) for path in side] for side in paths]
+    comparison = compare(*sides, seed=seed, resamples=resamples)
+    if as_json:
+        _print_json(comparison.as_json())
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(comparison_table(comparison, holm=holm))
+
+
+@command(app, "rescore")
+def rescore_run(
+    run: Annotated[str, typer.Argument(help="Folder that eval or train wrote, or a record.", metavar="RUN")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Folder with copies of the data of stock tasks.", metavar="DIR")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: every score, as saved and as it is now.")
+    ] = False,
+) -> None:
+    """Compute every score of a run again from its saved answers, without the model.
+
+    Exit code 1 if a score is another now, because a scorer changed.
+
+    Example: `refine rescore runs/mid`
+    """
+    from refine_harness.evaluation.compare import open_run
+    from refine_harness.evaluation.rescore import rescore, rescore_table, summary
+
+    opened = open_run(run)
+    results = rescore(opened, data)
+    different = [result for result in results if not result.same]
+    if as_json:
+        _print_json([result.as_json() for result in results])
+    else:
+        print(summary(opened, results))
+        if different:
+            from rich.console import Console
+
+            Console(highlight=False).print(rescore_table(results))
+    if different:
+        raise typer.Exit(1)
 
 
 @command(app, "run", resumes=True)
@@ -452,6 +532,12 @@ def comma_list(option: str, text: str, item: Callable[[str], T]) -> tuple[T, ...
     if repeated := [part for part, value in zip(parts, items, strict=True) if items.count(value) > 1]:
         raise ConfigError(f"{option} {text!r} names {repeated[0]} twice. Leave one out.")
     return items
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _length(part: str) -> int:

@@ -287,21 +287,23 @@ class Evaluation(Strict):
     """How a checkpoint is scored."""
 
     tasks: tuple[str, ...] = ("niah", "longqa", "longbench")
-    """Group names (niah, longqa, longbench), single tasks of ours, or any stock lm-eval task."""
+    """Group names (ruler, niah, longqa, longbench, babilong, short), single tasks of ours, or any stock lm-eval task."""
     lengths: tuple[PositiveInt, ...] = (4096,)
     """Context lengths in tokens for generated tasks."""
     limit: PositiveInt | None = None
     """Examples per task (and per length); null for all."""
     data: str | None = None
-    """Folder with local data for longqa and longbench; null reads the hub."""
+    """Folder with local data for tasks that are not generated; null reads the hub."""
     samples: PositiveInt = 500
-    """Examples generated per task and length for niah and longqa, before `limit`."""
+    """Examples generated per task and length, before `limit`."""
     seed: int = 42
     """Seeds generated examples."""
     max_length: PositiveInt | None = None
-    """Longest prompt plus answer in tokens; null for no bound. Longer prompts lose their middle, and are counted."""
-    batch_size: PositiveInt = 8
-    """Prompts read at once; changes speed and memory, not scores."""
+    """Longest prompt plus answer in tokens; null for no bound. Longer prompts are counted."""
+    truncation: Literal["middle", "left", "error", "none"] = "middle"
+    """What a prompt over max_length loses: its middle, its beginning, nothing but the run (error), or nothing (none)."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Prompts answered at once; auto: as many as keep the device busy. Changes speed and memory, scores by rounding."""
     device: str = "auto"
     dtype: Literal["auto", "float32", "float64", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, float32 on a CPU."""

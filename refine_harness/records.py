@@ -23,7 +23,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -34,7 +34,9 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -126,13 +128,26 @@ class Facts(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
 
+    later: ClassVar[tuple[str, ...]] = ()
+    """Fields that came after the first records. At their defaults they are not written, so that a record from before
+    them keeps its id."""
+
+    @model_serializer(mode="wrap")
+    def _as_first_written(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree = serialize(self)
+        for name in self.later:
+            if getattr(self, name) == type(self).model_fields[name].default:
+                tree.pop(name, None)
+        return tree
+
 
 class TaskScore(Facts):
     """One metric of one task, at one context length where the task has lengths."""
 
     task: str = Field(min_length=1)
     group: str = Field(min_length=1)
-    """niah, longqa, longbench, or the task's own name where it belongs to no group."""
+    """niah, longqa, longbench, or the task's own name where it belongs to no group; of LongBench-E, whose metrics are
+    lengths with examples of their own, with the metric: `longbench_e 0-4k`."""
     metric: str
     length: PositiveInt | None = None
     """Context length in tokens; None where prompts come as they are."""
@@ -150,7 +165,7 @@ class TaskScore(Facts):
     unit: Literal["percent", "raw"] = "percent"
     """raw: a number that is no share of 100, such as a perplexity; it enters no group mean."""
     samples_sha256: Sha256 | None = None
-    """Hash of the answers, example by example."""
+    """Hash of the answers, example by example (`evaluation/samples.py`)."""
 
     @model_validator(mode="after")
     def _in_range(self) -> TaskScore:
@@ -164,13 +179,25 @@ class TaskScore(Facts):
 class GroupScore(Facts):
     """The mean over the tasks of a group, at one context length where the group has lengths."""
 
+    later: ClassVar[tuple[str, ...]] = ("metrics", "by_size")
+
     group: str = Field(min_length=1)
     length: PositiveInt | None = None
     value: float = Field(ge=0, le=100)
     stderr: NonNegativeFloat | None = None
+    """One standard error, from those of the tasks; None where one of them has none."""
     n_tasks: PositiveInt
     n: PositiveInt | None = None
     """Examples over all tasks of the group."""
+    metrics: dict[str, str] = {}
+    """Of tasks with several metrics, the one that is averaged."""
+    by_size: bool = False
+    """Whether tasks count by their examples (some stock groups of lm-eval) rather than alike."""
+
+    def averages(self, score: TaskScore) -> bool:
+        """Whether `score` is one of those that this is the mean of."""
+        metric = self.metrics.get(score.task, score.metric)
+        return (score.group, score.length, score.unit, score.metric) == (self.group, self.length, "percent", metric)
 
 
 class ModelFacts(Facts):

@@ -3,7 +3,7 @@
     <out>/run.json            what this run is; another run is refused
     <out>/final/              the trained model, a Hugging Face folder (training only)
     <out>/metrics.jsonl       one line per optimizer step (training only)
-    <out>/scores/<hash>/      answers of one evaluation: resumable while it runs, then samples.jsonl and its record
+    <out>/scores/<hash>/      answers of one evaluation: resumable while it runs, then samples.parquet and its record
     <out>/records/            every record, for `refine leaderboard build`
 
 An experiment has such a folder for each of its runs, and one `records/` and `page/` for all of them. Everything that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import refine_harness
 from refine_harness import cli
 from refine_harness.config import STAGES, Evaluation, MidConfig, PostConfig, TestTimeConfig, load
 from refine_harness.errors import ConfigError, DataError
+
+from .evaluation.runs import make_run
 
 MID = ["train", "--stage", "mid", "--model", "m", "--out", "out"]
 EVAL = ["eval", "--model", "m", "--out", "out"]
@@ -80,7 +83,9 @@ def test_the_module_is_the_command() -> None:
     assert done.stdout == f"refine-harness {refine_harness.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["train", "eval", "run", "init", "tokenizer", "explain", "leaderboard build"])
+@pytest.mark.parametrize(
+    "name", ["train", "eval", "compare", "rescore", "run", "init", "tokenizer", "explain", "leaderboard build"]
+)
 def test_every_command_explains_itself_with_an_example(name: str) -> None:
     done = refine(*name.split(), "--help")
     assert done.exit_code == 0
@@ -186,6 +191,10 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(calls: list) -> None:
         (["run", "configs/midtrain/deltanet_1b.yaml"], "deltanet_1b.yaml: "),
         (["explain", "steps=0"], "steps is 0"),
         (["leaderboard", "build", "--records", "nowhere"], "nowhere is not a folder of records"),
+        (["compare", "nowhere", "nowhere"], "nowhere does not exist"),
+        (["compare", "a,,b", "c"], "A 'a,,b' has an empty part"),
+        (["compare", "c", "a,a"], "B 'a,a' names a twice"),
+        (["rescore", "nowhere"], "nowhere does not exist"),
         (["tokenizer", "--data", "nowhere.txt", "--vocab-size", "300", "--out", "t"], "nowhere.txt does not exist"),
         (["init", "nowhere.json", "--tokenizer", "t", "--out", "o"], "nowhere.json cannot be read"),
     ],
@@ -287,6 +296,31 @@ def test_the_page_is_built_and_checked(calls: list) -> None:
     stale = refine(*check)
     assert stale.exit_code == 1
     assert "Run refine leaderboard build" in stale.stderr
+
+
+def test_runs_are_compared_and_scored_again(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = ("niah_single_1", 512)
+    make_run(Path("a"), {part: [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]})
+    make_run(Path("b"), {part: [1.0] * 7})
+    make_run(Path("other"), {("niah_single_1", 1024): [1.0]})
+    shown = refine("compare", "a", "b", "--holm")
+    assert shown.exit_code == 0, shown.output
+    assert "p (Holm)" in shown.stdout
+    assert "No claim of a winner" in shown.stdout
+    tree = json.loads(refine("compare", "a", "b", "--json", "--seed", "4", "--resamples", "500").stdout)
+    assert (tree["seed"], tree["resamples"], tree["rows"][1]["p"]) == (4, 500, 2 / 64)
+    assert "no example in common" in refused("compare", "a", "other")
+
+    assert refine("rescore", "a").stdout == "2 scores from 7 saved answers: all the same, bit for bit\n"
+    monkeypatch.setattr("refine_harness.evaluation.niah.string_match_all", lambda *_: 0.25)
+    changed = refine("rescore", "a")
+    assert changed.exit_code == 1
+    assert "2 are others now" in changed.stdout
+    assert [row["same"] for row in json.loads(refine("rescore", "a", "--json").stdout)] == [False, False]
+    for file in Path("b").glob("scores/*/samples.parquet"):
+        file.write_bytes(file.read_bytes()[:-100])
+    assert "is no parquet file" in refused("compare", "a", "b")
+    assert "is no parquet file" in refused("rescore", "b")
 
 
 def test_comma_lists_are_read_in_one_place() -> None:

@@ -87,6 +87,34 @@ def test_id_is_the_hash_of_everything_else() -> None:
     assert record.model_copy(update={"seconds": 3.26}).id == make_record(seconds=3.26).id
 
 
+def test_later_fields_at_their_defaults_leave_ids_and_files_as_they_were() -> None:
+    record = make_record()
+    assert not {"metrics", "by_size"} & set(record.as_json()["groups"][0])
+    group = record.groups[0].model_copy(update={"by_size": True})
+    changed = make_record(groups=(group,))
+    assert changed.as_json()["groups"][0]["by_size"] is True
+    assert changed.id != record.id
+
+
+def test_every_record_that_was_published_reads_back() -> None:
+    folder = Path(__file__).resolve().parent.parent / "leaderboard"
+    files = [path for name in ("records", "baselines") for path in (folder / name).glob("*.json")]
+    assert files
+    for path in files:
+        assert read_record(path).file_name == path.name
+
+
+def test_a_group_averages_its_tasks_and_of_several_metrics_the_one_it_names() -> None:
+    record = make_record()
+    group, score = record.groups[0], record.scores[0]
+    assert group.averages(score)
+    for changes in ({"group": "longqa"}, {"length": 1024}, {"unit": "raw"}):
+        assert not group.averages(score.model_copy(update=changes))
+    named = group.model_copy(update={"metrics": {"niah_single_1": "part"}})
+    assert not named.averages(score)
+    assert named.averages(score.model_copy(update={"metric": "part"}))
+
+
 def test_record_cannot_be_changed_in_memory() -> None:
     record = make_record()
     with pytest.raises(ValidationError):

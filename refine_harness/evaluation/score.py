@@ -1,8 +1,9 @@
-"""A checkpoint and a choice of benchmarks become one record.
+"""A checkpoint and a choice of benchmarks become one record, and a file of what was answered.
 
 What is asked for is checked first (names, then data), then the model is loaded, lm-eval runs it without a word on
 the terminal, and scores, cut prompts and hashes are collected. How tasks are built is `tasks`', how the model
-answers is `lm`'s, what a record is is `records`'.
+answers is `lm`'s, how sure a score is is `statistics`', what is kept of each example is `samples`', what a record is
+is `records`'.
 """
 
 from __future__ import annotations
@@ -10,14 +11,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 import logging
 import math
-import os
 import random
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -28,9 +26,27 @@ import torch
 
 from refine_harness.checkpoint import FINAL, weights_sha256
 from refine_harness.config import Evaluation, TestTimeConfig
-from refine_harness.errors import RunError, TaskError
+from refine_harness.errors import TaskError
+from refine_harness.evaluation import statistics
 from refine_harness.evaluation.lm import Progress, RefineLM, RefineTTTLM, tokenizer_sha256
-from refine_harness.evaluation.tasks import PREFIX, Resolved, extract_scores, resolve, sorted_samples
+from refine_harness.evaluation.samples import (
+    Sample,
+    as_text,
+    by_part,
+    plain,
+    samples_sha256,
+    score_name,
+    write_samples,
+)
+from refine_harness.evaluation.statistics import Estimate
+from refine_harness.evaluation.tasks import (
+    PREFIX,
+    Resolved,
+    chosen_metrics,
+    extract_scores,
+    resolve,
+    sorted_samples,
+)
 from refine_harness.evaluation.tasks import TaskScore as Found
 from refine_harness.models.load import pick_device, resolve_model
 from refine_harness.records import (
@@ -40,17 +56,15 @@ from refine_harness.records import (
     ScoreRecord,
     TaskScore,
     TrainingFacts,
-    canonical_json,
     provenance,
 )
 
 log = logging.getLogger(__name__)
 
-SAMPLES = "samples.jsonl"
-"""Name of the file of answers."""
-
 _Part = tuple[str, int | None]
 """A task's short name and a context length, where it has lengths."""
+_COUNTED = 2**22
+"""Characters whose tokens are counted at once; bounds memory."""
 
 
 def score(
@@ -86,7 +100,7 @@ def score(
         seed: what the record calls its seed; None for that of test-time training or of the evaluation.
         loaded: the model and tokenizer that `load_model(model)` gave, to load nothing again; its device and dtype
             count. It comes back as it was.
-        folder: where to write `samples.jsonl`: one line per answer, sorted by task and document.
+        folder: where to write `samples.parquet`: one row per example (`samples.Sample`).
         cache_dir: keeps answers as they come, so that the same call goes on after an interruption.
         progress: told how many requests are answered; None for silence.
 
@@ -103,10 +117,11 @@ def score(
         results = _evaluate(resolved, lm)
     if lm.process:
         return None
-    answers = _answers(results, lm.shortened)
+    samples = _samples(results, lm)
     if folder is not None:
-        _write_answers(Path(folder), answers)
+        write_samples(samples, folder)
     found = extract_scores(results, resolved)
+    scores = list(_task_scores(found, results, samples, resolved))
     if test_time is not None:
         training = TrainingFacts(
             config=test_time.model_dump(mode="json"),
@@ -136,8 +151,8 @@ def score(
         ),
         training=training,
         evaluation=_facts(evaluation, lm, found),
-        scores=tuple(_task_scores(found, results, answers)),
-        groups=tuple(_group_scores(found)),
+        scores=tuple(scores),
+        groups=tuple(_group_scores(found, scores, resolved)),
         seconds=lm.seconds,
         provenance=provenance(argv, seed),
     )
@@ -159,6 +174,7 @@ def _backend(
         "dtype": evaluation.dtype,
         "batch_size": evaluation.batch_size,
         "max_length": evaluation.max_length,
+        "truncation": evaluation.truncation,
         "model": model,
         "tokenizer": tokenizer,
         "cache_dir": cache_dir,
@@ -195,123 +211,215 @@ def _facts(evaluation: Evaluation, lm: RefineLM, found: Sequence[Found]) -> Eval
         truncation=None if evaluation.max_length is None else lm.truncation,
         dtype=str(next(lm.model.parameters()).dtype).removeprefix("torch."),
         device=lm.device.type,
-        batch_size=lm.batch_size,
-        data_sha256={
-            score.task if score.length is None else f"{score.task}@{score.length}": score.data_sha256
-            for score in found
-            if score.data_sha256 is not None
-        },
+        batch_size=None if evaluation.batch_size == "auto" else evaluation.batch_size,
+        data_sha256=_data_hashes(found),
     )
 
 
+def _data_hashes(found: Sequence[Found]) -> dict[str, str]:
+    """By task and length; where metrics have examples of their own (LongBench-E's buckets), one for all of them."""
+    hashes: dict[str, list[str]] = {}
+    for score in found:
+        if score.data_sha256 is not None:
+            same = hashes.setdefault(score.task if score.length is None else f"{score.task}@{score.length}", [])
+            if score.data_sha256 not in same:
+                same.append(score.data_sha256)
+    return {
+        name: same[0] if len(same) == 1 else hashlib.sha256("\n".join(same).encode()).hexdigest()
+        for name, same in hashes.items()
+    }
+
+
 def _task_scores(
-    found: Sequence[Found], results: Mapping[str, Any], answers: Mapping[_Part, Sequence[Mapping[str, Any]]]
+    found: Sequence[Found], results: Mapping[str, Any], samples: Sequence[Sample], resolved: Resolved
 ) -> Iterator[TaskScore]:
     versions = {_short(task): version for task, version in results.get("versions", {}).items()}
+    items = _items(results)
+    parts = by_part(samples)
     for score in found:
         if score.kind != "task":
             continue
         if not math.isfinite(score.value):
             log.warning("%s has no finite %s; its record leaves that out", score.task, score.metric)
             continue
-        rows = answers[score.task, score.length]
+        rows = parts[score.task, score.length]
+        scores = items[score.task, score.length, score.metric]
+        value, stderr = (
+            statistics.percent(scores)
+            if score.percent
+            else statistics.aggregated(scores, _aggregation(resolved, score))
+        )
+        group = score.group or score.task
+        declared = results["configs"].get(PREFIX + score.task, {}).get("metric_list") or ()
+        if score.length is None and len(declared) > 1:
+            group = (
+                f"{group} {score.metric}"  # LongBench-E: each bucket has examples, and a mean over tasks, of its own
+            )
         yield TaskScore(
             task=score.task,
-            group=score.group or score.task,
+            group=group,
             metric=score.metric,
             length=score.length,
-            value=score.value,
-            stderr=score.stderr,
+            value=value,
+            stderr=stderr,
             n=score.n,
-            truncated=min(score.n, sum(row["truncated"] for row in rows)),
+            truncated=min(score.n, sum(row.truncated for row in rows if score.metric in row.scores)),
             higher_is_better=score.higher_is_better,
             version=str(versions.get(score.task) or "0"),
             unit="percent" if score.percent else "raw",
-            samples_sha256=hashlib.sha256("\n".join(map(canonical_json, rows)).encode()).hexdigest(),
+            samples_sha256=samples_sha256(rows),
         )
 
 
-def _group_scores(found: Sequence[Found]) -> Iterator[GroupScore]:
-    """Means of percentages; lm-eval's aggregates of other numbers have no place on a page of percentages."""
-    for score in found:
-        if score.kind != "group" or not score.percent:
-            continue
-        # A stock group may have several metrics, and a record has one number for a group and length.
-        first = next(s for s in found if s.kind == "group" and (s.task, s.length) == (score.task, score.length))
-        tasks = {s.task for s in found if s.kind == "task" and s.group == score.group and s.length == score.length}
-        if score is first and tasks:
-            yield GroupScore(
-                group=score.task,
-                length=score.length,
-                value=score.value,
-                stderr=score.stderr,
-                n_tasks=len(tasks),
-                n=score.n or None,
-            )
+def _aggregation(resolved: Resolved, score: Found) -> Callable[[Sequence[Any]], Any] | None:
+    """lm-eval's aggregation of a stock task's metric; None for the mean, which is what tasks of ours have."""
+    task: Any = resolved.load()["tasks"].get(score.task)
+    return None if task is None else task.aggregation().get(score.metric.partition(",")[0])
 
 
-def _answers(results: Mapping[str, Any], shortened: set[tuple[str, int | None]]) -> dict[_Part, list[dict[str, Any]]]:
-    """What was answered, per task and length, in the order of the data; no prompts, which may not be ours to give."""
-    answers: dict[_Part, list[dict[str, Any]]] = {}
-    for task, samples in sorted(sorted_samples(results).items()):
-        config = results.get("configs", {}).get(task, {})
-        scorer = (config.get("metadata") or {}).get("scorer") if task.startswith(PREFIX) else None
-        rows: dict[int, dict[str, Any]] = {}
-        for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
-            row = rows.get(sample["doc_id"])
-            if row is None:
-                length = sample["doc"].get("length") if task.startswith(PREFIX) else None
-                row = rows[sample["doc_id"]] = {
-                    "task": _short(task),
-                    "length": length if str(length) in sample["metrics"] else None,
-                    "doc_id": sample["doc_id"],
-                    "prompt_sha256": sample["prompt_hash"],
-                    "answer": _unwrapped(_plain(sample["resps"])),
-                    "targets": _plain(sample["target"]),
-                    "truncated": (task, sample["doc_id"]) in shortened,
-                    "scores": {},
-                }
-                answers.setdefault((row["task"], row["length"]), []).append(row)
+def _items(results: Mapping[str, Any]) -> dict[tuple[str, int | None, str], list[Any]]:
+    """Every example's score, in the order of the data, by task, length and metric as records name them."""
+    items: dict[tuple[str, int | None, str], list[Any]] = {}
+    for task, samples in sorted_samples(results).items():
+        scorer = _scorer(task, results)
+        for sample in samples:
             for metric in sample["metrics"]:
-                key = scorer or (metric if sample["filter"] == "none" else f"{metric},{sample['filter']}")
-                row["scores"][key] = _plain(sample[metric])
-    return answers
+                key = (_short(task), _length(task, sample), score_name(metric, sample["filter"], scorer))
+                items.setdefault(key, []).append(sample[metric])
+    return items
 
 
-def _write_answers(folder: Path, answers: Mapping[_Part, Sequence[Mapping[str, Any]]]) -> None:
-    rows = [row for part in sorted(answers, key=lambda part: (part[0], part[1] or 0)) for row in answers[part]]
-    rows.sort(key=lambda row: (row["task"], row["doc_id"]))
-    partial_path: str | None = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, partial_path = tempfile.mkstemp(dir=folder, prefix=f".{SAMPLES}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.chmod(partial_path, 0o644)
-        os.replace(partial_path, folder / SAMPLES)
-    except OSError as error:
-        raise RunError(f"{folder / SAMPLES} cannot be written ({error.strerror}). Choose another --out.") from None
-    finally:
-        if partial_path is not None:
-            Path(partial_path).unlink(missing_ok=True)
+def _group_scores(found: Sequence[Found], scores: Sequence[TaskScore], resolved: Resolved) -> Iterator[GroupScore]:
+    """Means of percentages; lm-eval's aggregates of other numbers have no place on a page of percentages."""
+    shares = [score for score in scores if score.unit == "percent"]
+    for name in resolved.groups:
+        chosen = chosen_metrics().get(name, {})
+        ours = [
+            score
+            for score in shares
+            if score.group.partition(" ")[0] == _short(name) and chosen.get(score.task, score.metric) == score.metric
+        ]
+        keys = {(score.group, score.length) for score in ours}
+        for key in sorted(keys, key=lambda key: (key[0], key[1] or 0)):
+            yield _group_score(key, [score for score in ours if (score.group, score.length) == key], scores)
+    seen: set[str] = set()
+    for group in found:
+        if group.kind != "group" or not group.percent or PREFIX + group.task in resolved.groups:
+            continue
+        members = [score for score in shares if (score.group, score.metric) == (group.task, group.metric)]
+        if members and group.task not in seen:  # of several metrics, a record has one number for a group
+            seen.add(group.task)
+            yield _group_score((group.task, None), members, scores, group)
 
 
-def _unwrapped(value: Any) -> Any:
-    """Lists of one are that one: lm-eval has a list of requests, and of repetitions of each."""
-    while isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    return value
+def _group_score(
+    key: _Part, members: Sequence[TaskScore], scores: Sequence[TaskScore], said: Found | None = None
+) -> GroupScore:
+    """The mean of a group's tasks, which count alike unless lm-eval says a number that is the mean by size."""
+    parts = [Estimate(score.value, score.stderr) for score in members]
+    sizes = [score.n or 1 for score in members]
+    (value, stderr), by_size = statistics.combined(parts), False
+    if said is not None and not math.isclose(value, said.value, abs_tol=1e-6):
+        (value, stderr), by_size = statistics.combined(parts, sizes), True
+        if not math.isclose(value, said.value, abs_tol=1e-6):  # a group with groups in it
+            value, stderr, by_size = said.value, said.stderr, False
+    others = {(score.task, score.length) for score in scores if score not in members and score.group == key[0]}
+    return GroupScore(
+        group=key[0],
+        length=key[1],
+        value=value,
+        stderr=stderr,
+        n_tasks=len(members),
+        n=sum(sizes),
+        metrics={score.task: score.metric for score in members if (score.task, score.length) in others},
+        by_size=by_size,
+    )
 
 
-def _plain(value: Any) -> Any:
-    """JSON values."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+def _samples(results: Mapping[str, Any], lm: RefineLM) -> list[Sample]:
+    """What was answered, per task and length, in the order of the data."""
+    samples: list[Sample] = []
+    for task, found in sorted(sorted_samples(results).items()):
+        config = results.get("configs", {}).get(task, {})
+        kind = str(config.get("output_type", "generate_until"))
+        scores: dict[int, dict[str, Any]] = {}
+        first: dict[int, Mapping[str, Any]] = {}
+        for sample in found:  # one for every filter
+            first.setdefault(sample["doc_id"], sample)
+            for metric in sample["metrics"]:
+                name = score_name(metric, sample["filter"], _scorer(task, results))
+                scores.setdefault(sample["doc_id"], {})[name] = plain(sample[metric])
+        texts = [_texts(sample, kind) for sample in first.values()]
+        prompts = _token_counts(lm.tokenizer, [prompt for prompt, _ in texts])
+        answers = _token_counts(lm.tokenizer, [answer for _, answer in texts])
+        samples += [
+            Sample(
+                task=_short(task),
+                length=_length(task, sample),
+                doc_id=doc_id,
+                prompt_sha256=sample["prompt_hash"],
+                doc_sha256=sample["doc_hash"],
+                output_type=kind,
+                answers=tuple(as_text(answer) for request in sample["resps"] for answer in request),
+                reference=_reference(task, sample, config),
+                scores=scores[doc_id],
+                prompt_tokens=prompt_tokens,
+                answer_tokens=answer_tokens,
+                truncated=(task, doc_id) in lm.shortened,
+            )
+            for (doc_id, sample), prompt_tokens, answer_tokens in zip(first.items(), prompts, answers, strict=True)
+        ]
+    return samples
+
+
+def _texts(sample: Mapping[str, Any], kind: str) -> tuple[str, str]:
+    """What was read, and what was generated or scored after it."""
+    arguments = sample["arguments"]
+    if kind == "generate_until":
+        return str(arguments[0][0]), "".join(str(answer) for request in sample["resps"] for answer in request)
+    if kind == "loglikelihood_rolling":
+        return "", str(arguments[0][0])
+    return str(arguments[0][0]), "".join(str(argument[1]) for argument in arguments)
+
+
+def _token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, without special ones; equal texts are counted once."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    counts: dict[str, int] = {}
+    batch: list[str] = []
+    characters = 0
+    different = list(dict.fromkeys(texts))
+    for place, text in enumerate(different):
+        batch.append(text)
+        characters += len(text)
+        if characters < _COUNTED and place < len(different) - 1:
+            continue
+        if backend is not None:
+            lengths = map(len, backend.encode_batch_fast(batch, add_special_tokens=False))
+        else:
+            lengths = map(len, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])
+        counts.update(zip(batch, lengths, strict=True))
+        batch, characters = [], 0
+    return [counts[text] for text in texts]
+
+
+def _reference(task: str, sample: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """What scoring reads of an example of ours, which is all but its prompt; a stock task's target."""
+    if not task.startswith(PREFIX):
+        return plain(sample["target"])
+    return {key: plain(value) for key, value in sample["doc"].items() if key != config.get("doc_to_text", "prompt")}
+
+
+def _scorer(task: str, results: Mapping[str, Any]) -> str | None:
+    """What a task of ours calls its score; lm-eval knows it by the name of the length."""
+    if not task.startswith(PREFIX):
+        return None
+    return (results.get("configs", {}).get(task, {}).get("metadata") or {}).get("scorer")
+
+
+def _length(task: str, sample: Mapping[str, Any]) -> int | None:
+    length = sample["doc"].get("length") if task.startswith(PREFIX) else None
+    return length if str(length) in sample["metrics"] else None
 
 
 def _short(task: str) -> str:

@@ -9,14 +9,20 @@ import random
 import numpy as np
 import pytest
 import torch
+from lm_eval.tasks import TaskManager
 
 from refine_harness.checkpoint import weights_sha256
 from refine_harness.config import Evaluation, load
 from refine_harness.config import TestTimeConfig as Settings
 from refine_harness.data.tokenizer import train_tokenizer
-from refine_harness.errors import ModelError, RunError, TaskError
+from refine_harness.errors import DataError, ModelError, RunError, TaskError
+from refine_harness.evaluation import statistics
+from refine_harness.evaluation.compare import open_run
 from refine_harness.evaluation.lm import RefineLM
+from refine_harness.evaluation.rescore import rescore
+from refine_harness.evaluation.samples import by_part, checked, read_samples
 from refine_harness.evaluation.score import score
+from refine_harness.evaluation.tasks import Resolved
 from refine_harness.models import load_model
 from refine_harness.models.deltanet import DeltaNetConfig, DeltaNetForCausalLM
 from refine_harness.records import read_record, write_record
@@ -55,7 +61,7 @@ def scored(folder, tmp_path_factory):
 
 
 def answers(out):
-    return [json.loads(line) for line in (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_samples(out / "samples.parquet")
 
 
 def test_a_record_says_what_was_scored_and_how(scored, folder, tmp_path):
@@ -81,18 +87,52 @@ def test_a_record_says_what_was_scored_and_how(scored, folder, tmp_path):
 def test_cut_prompts_are_counted_for_each_length(scored):
     record, out, _, _ = scored
     assert {s.length: s.truncated for s in record.scores} == {768: 0, 1024: 2}
-    assert all(row["truncated"] == (row["length"] == 1024) for row in answers(out))
+    assert all(row.truncated == (row.length == 1024) for row in answers(out))
 
 
 def test_answers_are_written_in_the_order_of_tasks_and_documents(scored):
     _, out, _, _ = scored
     rows = answers(out)
-    assert [(row["task"], row["doc_id"]) for row in rows] == [
-        (task, i) for task in ("niah_multikey_1", "niah_single_1") for i in range(4)
+    assert [(row.task, row.length, row.doc_id) for row in rows] == [
+        (task, length, i)
+        for task in ("niah_multikey_1", "niah_single_1")
+        for length, first in ((768, 0), (1024, 1))
+        for i in (first, first + 2)
     ]
-    assert all(isinstance(row["answer"], str) and row["targets"] for row in rows)
-    assert all(set(row["scores"]) == {"string_match_all"} for row in rows)
-    assert [path.name for path in out.iterdir()] == ["samples.jsonl"]
+    assert all(row.output_type == "generate_until" and len(row.answers) == 1 for row in rows)
+    assert all(set(row.scores) == {"string_match_all"} for row in rows)
+    assert [path.name for path in out.iterdir()] == ["samples.parquet"]
+
+
+def test_answers_hold_no_prompt_but_its_hash_and_length_and_what_scoring_needs(scored, folder):
+    record, out, _, _ = scored
+    tokenizer = load_model(folder)[1]
+    for row in answers(out):
+        assert "prompt" not in row.reference
+        assert row.reference["answers"]
+        assert row.reference["length"] == row.length
+        # The example's own count leaves room for the answer.
+        assert row.length is not None and row.prompt_tokens is not None
+        assert 0.9 * row.length - 256 < row.prompt_tokens <= row.length
+        assert row.answer_tokens == len(tokenizer(row.answers[0], add_special_tokens=False)["input_ids"])
+    assert len({row.prompt_sha256 for row in answers(out)}) == 8
+    assert checked(answers(out), record, out) != []
+
+
+def test_values_and_errors_follow_from_the_answers_alone(scored, tmp_path):
+    record, out, _, _ = scored
+    parts = by_part(answers(out))
+    for task in record.scores:
+        found = statistics.percent([row.scores[task.metric] for row in parts[task.task, task.length]])
+        assert (task.value, task.stderr) == found
+    for group in record.groups:
+        members = [statistics.Estimate(s.value, s.stderr) for s in record.scores if group.averages(s)]
+        assert (group.value, group.stderr) == statistics.combined(members)
+    write_record(record, out.parent / "kept")
+    (out.parent / "kept" / "samples.parquet").write_bytes((out / "samples.parquet").read_bytes())
+    results = rescore(open_run(out.parent / "kept"))
+    assert len(results) == len(record.scores) + len(record.groups)
+    assert all(result.same for result in results)
 
 
 def test_scoring_again_goes_on_from_the_kept_answers(scored, folder, tmp_path, monkeypatch):
@@ -102,7 +142,7 @@ def test_scoring_again_goes_on_from_the_kept_answers(scored, folder, tmp_path, m
     again = score(folder, evaluation, name="tiny", argv=[], folder=tmp_path, cache_dir=cache)
     assert again is not None
     assert (again.scores, again.seconds) == (record.scores, record.seconds)
-    assert (tmp_path / "samples.jsonl").read_bytes() == (out / "samples.jsonl").read_bytes()
+    assert (tmp_path / "samples.parquet").read_bytes() == (out / "samples.parquet").read_bytes()
 
 
 def test_a_loaded_model_is_scored_as_its_folder_is(scored, folder):
@@ -172,3 +212,92 @@ def test_scoring_is_silent_and_leaves_randomness_and_logging_as_they_were(folder
         expected.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
     assert expected[0] == expected[1]
     assert levels == {name: logging.getLogger(name).level for name in levels}
+
+
+TOYS = {
+    "choices": """
+        task: toy_choices
+        output_type: multiple_choice
+        doc_to_text: "{{question}}"
+        doc_to_choice: choices
+        doc_to_target: label
+        metric_list: [{metric: acc}, {metric: acc_norm}]
+    """,
+    "maths": r"""
+        task: toy_maths
+        output_type: generate_until
+        doc_to_text: "{{question}}"
+        doc_to_target: "{{label}}"
+        generation_kwargs: {max_gen_toks: 4, until: []}
+        repeats: 2
+        filter_list:
+          - {name: first, filter: [{function: regex, regex_pattern: "(.)"}, {function: take_first}]}
+          - {name: whole, filter: [{function: take_first}]}
+        metric_list: [{metric: exact_match}]
+    """,
+    "prose": """
+        task: toy_prose
+        output_type: loglikelihood_rolling
+        doc_to_text: ""
+        doc_to_target: "{{question}}"
+        metric_list: [{metric: word_perplexity}]
+    """,
+}
+
+
+@pytest.fixture
+def toys(tmp_path, monkeypatch):
+    """Stock tasks of every kind, and a group of two that weighs them by size, in place of lm-eval's own."""
+    rows = [{"question": f"Which is {i}?", "choices": ["red", "blue and green"], "label": i % 2} for i in range(6)]
+    for name, yaml in TOYS.items():
+        n = 3 if name == "maths" else 6
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows[:n]))
+        lines = [line[8:] for line in yaml.strip("\n").splitlines()]
+        lines += ["dataset_path: json", f"dataset_kwargs: {{data_files: {{test: '{data}'}}}}", "test_split: test"]
+        (tmp_path / f"{name}.yaml").write_text("\n".join(lines) + "\n")
+    (tmp_path / "more.yaml").write_text("include: choices.yaml\ntask: toy_more\nprocess_docs: null\n")
+    (tmp_path / "group.yaml").write_text(
+        "group: toys\ntask: [toy_choices, toy_more]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+
+    def resolve(names, evaluation, tokenizer):
+        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        bare = tuple(name.removeprefix("stock:") for name in names)
+        return Resolved(names=bare, task_manager=manager, evaluation=evaluation)
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("refine_harness.evaluation.score.resolve", resolve)
+    monkeypatch.setattr("refine_harness.evaluation.tasks.resolve", resolve)
+    return tmp_path
+
+
+def test_stock_tasks_have_errors_too_and_are_scored_again_from_their_own_data(folder, toys, tmp_path):
+    evaluation = Evaluation(tasks=("toys", "toy_maths", "toy_prose"), device="cpu")
+    out = tmp_path / "out"
+    record = score(folder, evaluation, name="toys", argv=[], folder=out)
+    assert record is not None
+    write_record(record, out)
+    found = {(s.task, s.metric): s for s in record.scores}
+    assert set(found) == {
+        *((task, metric) for task in ("toy_choices", "toy_more") for metric in ("acc", "acc_norm")),
+        *(("toy_maths", f"exact_match,{name}") for name in ("first", "whole")),
+        ("toy_prose", "word_perplexity"),
+    }
+    assert all(s.stderr is not None for s in found.values())
+    assert found["toy_prose", "word_perplexity"].unit == "raw"
+    assert found["toy_prose", "word_perplexity"].stderr != 0
+    (group,) = record.groups
+    assert group.metrics == {"toy_choices": "acc", "toy_more": "acc"}
+    assert group.stderr == pytest.approx((found["toy_choices", "acc"].stderr or 0) / 2**0.5)
+
+    run = open_run(out)
+    assert {len(row.answers) for row in run.samples["toy_maths", None]} == {2}
+    assert {row.reference for row in run.samples["toy_choices", None]} == {0, 1}
+    results = rescore(run)
+    assert len(results) == 8
+    assert all(result.same for result in results), results
+
+    (toys / "choices.jsonl").write_text((toys / "choices.jsonl").read_text().replace("red", "yellow"))
+    with pytest.raises(DataError, match="has other data now"):
+        rescore(run)
