@@ -287,7 +287,7 @@ class Evaluation(Strict):
     """How a checkpoint is scored."""
 
     tasks: tuple[str, ...] = ("niah", "longqa", "longbench")
-    """Group names (ruler, niah, longqa, longbench, babilong, short), single tasks of ours, or any stock lm-eval task."""
+    """Groups (ruler, niah, longqa, longbench, babilong, short), single tasks of ours, or any stock lm-eval task."""
     lengths: tuple[PositiveInt, ...] = (4096,)
     """Context lengths in tokens for generated tasks."""
     limit: PositiveInt | None = None
@@ -301,7 +301,7 @@ class Evaluation(Strict):
     max_length: PositiveInt | None = None
     """Longest prompt plus answer in tokens; null for no bound. Longer prompts are counted."""
     truncation: Literal["middle", "left", "error", "none"] = "middle"
-    """What a prompt over max_length loses: its middle, its beginning, nothing but the run (error), or nothing (none)."""
+    """What is done with a prompt over max_length: cut in its middle or from the left, refused, or left whole."""
     batch_size: PositiveInt | Literal["auto"] = "auto"
     """Prompts answered at once; auto: as many as keep the device busy. Changes speed and memory, scores by rounding."""
     device: str = "auto"
