@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -176,10 +177,16 @@ class TaskScore(Facts):
         return self
 
 
+def category_weights(tasks: Sequence[str], categories: Mapping[str, str]) -> list[float] | None:
+    """How much each task counts where categories count alike, up to a factor; None without categories."""
+    counts = Counter(categories.get(task) for task in tasks)
+    return [1 / counts[categories[task]] for task in tasks] if categories else None
+
+
 class GroupScore(Facts):
     """The mean over the tasks of a group, at one context length where the group has lengths."""
 
-    later: ClassVar[tuple[str, ...]] = ("metrics", "by_size")
+    later: ClassVar[tuple[str, ...]] = ("metrics", "by_size", "categories")
 
     group: str = Field(min_length=1)
     length: PositiveInt | None = None
@@ -193,6 +200,12 @@ class GroupScore(Facts):
     """Of tasks with several metrics, the one that is averaged."""
     by_size: bool = False
     """Whether tasks count by their examples (some stock groups of lm-eval) rather than alike."""
+    categories: dict[str, str] = {}
+    """Category of each task, where categories count alike and the tasks within one (LongBench's official averages)."""
+
+    def weights(self, tasks: Sequence[str], sizes: Sequence[int]) -> list[float] | None:
+        """How much each of these tasks counts, up to a factor; None where all count alike. sizes: their examples."""
+        return [float(size) for size in sizes] if self.by_size else category_weights(tasks, self.categories)
 
     def averages(self, score: TaskScore) -> bool:
         """Whether `score` is one of those that this is the mean of."""

@@ -263,7 +263,7 @@ def _groups(
             found = [tasks[cell] for cell in sorted(members & set(tasks), key=str)]
             if not found:
                 continue
-            weights = [float(row.result.n) for row, _ in found] if group.by_size else None
+            weights = group.weights([row.name for row, _ in found], [row.result.n for row, _ in found])
             result = statistics.compare([resampled for _, resampled in found], firsts, weights=weights, seed=seed)
             unmatched = sum(row.unmatched for row, _ in found)
             yield Row("group", group.group, None, group.length, "percent", True, len(found), unmatched, result)

@@ -30,7 +30,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from refine_harness.errors import TaskError
@@ -330,23 +329,15 @@ def _packed(text: str) -> str:
     return "".join(text[:1000].split())
 
 
-def macro_average(scores: Mapping[str, float]) -> float:
-    """LongBench's own average over tasks: the mean over `CATEGORIES` of each category's mean.
+def categories(group: str, tasks: Sequence[str]) -> dict[str, str]:
+    """Category of each task of ours, where `group` is averaged as the benchmark does it; else nothing.
 
-    Args:
-        scores: score by the benchmark's name of the task, on any scale. Of LongBench-E, those of one bucket under
-            the tasks' plain names. The published English average takes the 16 tasks of the group longbench_en, the
-            Chinese one those of longbench_zh; both have the two code tasks.
-
-    Categories without a score are left out. Raises ValueError for a name that is no task, or no score at all.
+    The published English and Chinese averages are means over categories of each category's mean.
     """
-    known = {task for tasks in CATEGORIES.values() for task in tasks}
-    if unknown := sorted(set(scores) - known):
-        raise ValueError(f"{', '.join(unknown)} are no tasks of LongBench")
-    if not scores:
-        raise ValueError("there is no score to average")
-    parts = [[scores[task] for task in tasks if task in scores] for tasks in CATEGORIES.values()]
-    return fmean(fmean(part) for part in parts if part)
+    if group not in ("longbench_en", "longbench_zh"):
+        return {}
+    category = {task: name for name, of_it in CATEGORIES.items() for task in of_it}
+    return {task: category[task.removeprefix("longbench_")] for task in tasks}
 
 
 # What YAMLs name as process_results

@@ -102,14 +102,14 @@ def _rescored(record: ScoreRecord, samples: Sequence[Sample], data: str | None) 
         yield Rescored("task", score.task, score.metric, score.length, len(items), saved, estimates[key], changed[key])
     for group in record.groups:
         members = [(s.task, s.length, s.metric) for s in record.scores if group.averages(s)]
-        sizes = [len(again[key]) for key in members] if group.by_size else None
+        weights = group.weights([task for task, _, _ in members], [len(again[key]) for key in members])
         saved = Estimate(group.value, group.stderr)
         before = {(s.task, s.length, s.metric): Estimate(s.value, s.stderr) for s in record.scores}
         if not members or not math.isclose(
-            statistics.combined([before[key] for key in members], sizes).value, group.value, abs_tol=1e-6
+            statistics.combined([before[key] for key in members], weights).value, group.value, abs_tol=1e-6
         ):
             continue  # a stock group with groups in it, whose parts the record does not have
-        value = statistics.combined([estimates[key] for key in members], sizes)
+        value = statistics.combined([estimates[key] for key in members], weights)
         yield Rescored(
             "group",
             group.group,

@@ -27,7 +27,7 @@ import torch
 from refine_harness.checkpoint import FINAL, weights_sha256
 from refine_harness.config import Evaluation, TestTimeConfig
 from refine_harness.errors import TaskError
-from refine_harness.evaluation import statistics
+from refine_harness.evaluation import longbench, statistics
 from refine_harness.evaluation.lm import Progress, RefineLM, RefineTTTLM, tokenizer_sha256
 from refine_harness.evaluation.samples import (
     Sample,
@@ -56,6 +56,7 @@ from refine_harness.records import (
     ScoreRecord,
     TaskScore,
     TrainingFacts,
+    category_weights,
     provenance,
 )
 
@@ -318,7 +319,9 @@ def _group_score(
     """The mean of a group's tasks, which count alike unless lm-eval says a number that is the mean by size."""
     parts = [Estimate(score.value, score.stderr) for score in members]
     sizes = [score.n or 1 for score in members]
-    (value, stderr), by_size = statistics.combined(parts), False
+    categories = longbench.categories(key[0], [score.task for score in members])
+    weights = category_weights([score.task for score in members], categories)
+    (value, stderr), by_size = statistics.combined(parts, weights), False
     if said is not None and not math.isclose(value, said.value, abs_tol=1e-6):
         (value, stderr), by_size = statistics.combined(parts, sizes), True
         if not math.isclose(value, said.value, abs_tol=1e-6):  # a group with groups in it
@@ -333,6 +336,7 @@ def _group_score(
         n=sum(sizes),
         metrics={score.task: score.metric for score in members if (score.task, score.length) in others},
         by_size=by_size,
+        categories=categories,
     )
 
 

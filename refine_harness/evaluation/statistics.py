@@ -107,9 +107,9 @@ def bootstrap_error(
     return stdev(finite) * math.sqrt(n / (n - 1)) if len(finite) > 1 else None
 
 
-def combined(parts: Sequence[Estimate], sizes: Sequence[int] | None = None) -> Estimate:
-    """The mean of a group's parts, each counting alike, or by `sizes`."""
-    weights = [1.0] * len(parts) if sizes is None else [float(size) for size in sizes]
+def combined(parts: Sequence[Estimate], weights: Sequence[float] | None = None) -> Estimate:
+    """The mean of a group's parts, each counting alike, or by `weights`."""
+    weights = [1.0] * len(parts) if weights is None else weights
     total = math.fsum(weights)
     value = math.fsum(weight * part.value for weight, part in zip(weights, parts, strict=True)) / total
     errors = [part.stderr for part in parts if part.stderr is not None]

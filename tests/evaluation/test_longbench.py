@@ -28,7 +28,9 @@ from refine_harness.evaluation import longbench
 from refine_harness.evaluation.lm import RefineLM, parse_generation
 from refine_harness.evaluation.longbench import BUCKETS, CATEGORIES, E_TASKS, WITHOUT_CHAT_TEMPLATE
 from refine_harness.evaluation.scorers import code_similarity
+from refine_harness.evaluation.statistics import Estimate, combined
 from refine_harness.evaluation.tasks import extract_scores, our_groups, resolve
+from refine_harness.records import category_weights
 from refine_harness.resources import resource
 
 OFFICIAL = json.loads((Path(__file__).parent / "official_longbench.json").read_text(encoding="utf-8"))
@@ -201,22 +203,16 @@ def test_longbench_e_is_scored_by_length_as_by_its_scorer(case: dict[str, Any], 
     assert {name: round(100 * fmean(values), 2) for name, values in found.items()} == expected
 
 
-def test_the_macro_average_is_the_one_printed_in_longbenchs_readme():
+def test_the_group_means_are_the_averages_printed_in_longbenchs_readme():
     published = OFFICIAL["published"]
-    groups = {name: [task.removeprefix("refine_longbench_") for task in tasks] for name, tasks in our_groups().items()}
-    for group, printed in (("en", published["english"]), ("zh", published["chinese"])):
-        scores = {task: published["tasks"][task] for task in groups[f"refine_longbench_{group}"]}
+    for group, printed in (("longbench_en", published["english"]), ("longbench_zh", published["chinese"])):
+        tasks = [task.removeprefix("refine_") for task in our_groups()[f"refine_{group}"]]
+        parts = [Estimate(published["tasks"][task.removeprefix("longbench_")], 0.0) for task in tasks]
+        weights = category_weights(tasks, longbench.categories(group, tasks))
         # Printed from scores of two places, and rounded again: 44.45 became 44.5.
-        assert longbench.macro_average(scores) == pytest.approx(printed, abs=0.06)
-        assert fmean(scores.values()) != pytest.approx(printed, abs=0.06), "a mean over tasks is something else"
-
-
-def test_a_macro_average_is_of_known_tasks_with_scores():
-    assert longbench.macro_average({"lcc": 10.0, "repobench-p": 20.0, "trec": 45.0}) == 30.0
-    with pytest.raises(ValueError, match="nq are no tasks"):
-        longbench.macro_average({"nq": 1.0})
-    with pytest.raises(ValueError, match="no score"):
-        longbench.macro_average({})
+        assert combined(parts, weights).value == pytest.approx(printed, abs=0.06)
+        assert combined(parts).value != pytest.approx(printed, abs=0.06), "a mean over tasks is something else"
+    assert longbench.categories("longbench_paper", ["longbench_lcc"]) == {}
 
 
 # A whole run of lm-eval
