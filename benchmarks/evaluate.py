@@ -31,14 +31,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import torch
 from lm_eval.api.instance import Instance
 from report import Row, publish
-from shapes import DELTANET_1B, LACT_760M
+from shapes import DELTANET_1B, LACT_760M, build
 
 from refine_harness.evaluation import niah
 from refine_harness.evaluation.answers import Counts, Decoding
 from refine_harness.evaluation.lm import RefineLM
 from refine_harness.evaluation.scorers import string_match_all
 from refine_harness.models import load_model
-from refine_harness.models.load import EMBEDDED, MODELS, load_tokenizer
+from refine_harness.models.load import EMBEDDED, load_tokenizer
 from refine_harness.resources import resource
 from refine_harness.synthetic.needles import SPECS
 
@@ -159,11 +159,7 @@ def memory(folder: Path, asked: Any) -> list[Row]:
 
 def lact(folder: Path, asked: Any) -> list[Row]:
     shape = resized(LACT_760M, asked)
-    torch.manual_seed(0)
-    settings, family = MODELS[shape.pop("model_type")]
-    with torch.device(DEVICE):
-        model = family(settings(**shape))
-    torch.nn.Module.to(model, DTYPE)
+    model = build(shape, DTYPE)
     tokenizer = load_tokenizer(EMBEDDED)
     length, count = asked.answer or 32, asked.examples or 2
     docs = needle_docs(EMBEDDED, "niah_single_2", asked.tokens, count)
@@ -353,10 +349,7 @@ def enlarged(small: Any, shape: dict[str, Any]) -> Any:
     divide by a root mean square over more channels, which their weights make up for. Words that small has not, and the
     end token, have logit zero, so that answers go on to their full length, as those of base models do.
     """
-    settings, family = MODELS[shape["model_type"]]
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = family(settings(**{key: value for key, value in shape.items() if key != "model_type"}))
+    model = build(shape, torch.float32)
     parts = small.state_dict()
     scale = (small.config.hidden_size / model.config.hidden_size) ** 0.5
     for name, p in model.named_parameters():

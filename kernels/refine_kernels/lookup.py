@@ -90,7 +90,7 @@ class _Tapped(Function):
         if whole is None:
             whole = torch.zeros(shape, dtype=dtype, device=device)
         elif waiting and not (whole.is_contiguous() and whole._base is None):
-            whole = whole.contiguous() if not whole.is_contiguous() else whole.clone()
+            whole = whole.clone(memory_format=torch.contiguous_format)  # only what is ours may be added to
         for lookup, gradient in waiting:
             lookup.add(gradient, whole.view(-1, *shape[2:]))
         return whole, None

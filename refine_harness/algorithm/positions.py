@@ -33,9 +33,8 @@ def pooled_entropy(entropy_BT: Tensor, lengths_B: Tensor, window: int) -> Tensor
     real_BT = (steps_T < lengths_B[:, None] - 1).to(entropy_BT.dtype)
 
     def sums(x_BT: Tensor) -> Tensor:
-        return F.avg_pool2d(x_BT[:, None, None], (1, width), stride=1, padding=(0, width // 2), divisor_override=1)[
-            :, 0, 0
-        ]
+        x_B11T, padding = x_BT[:, None, None], (0, width // 2)
+        return F.avg_pool2d(x_B11T, (1, width), stride=1, padding=padding, divisor_override=1).view(x_BT.shape)
 
     return sums(entropy_BT * real_BT) / sums(real_BT).clamp(min=1)
 
@@ -80,9 +79,9 @@ def pick_positions(
     pooled_BT = pooled_entropy(entropy_BT.double(), lengths_B, length)
     pooled_BCS = pooled_BT.gather(1, at_BCS.clamp(max=pooled_BT.shape[1] - 1).flatten(1)).view(at_BCS.shape)
     if rule == "argmax":
-        return (start_BC1[..., 0] + pooled_BCS.masked_fill(~inside_BCS, -math.inf).argmax(-1)).contiguous()
+        return start_BC1[..., 0] + pooled_BCS.masked_fill(~inside_BCS, -math.inf).argmax(-1)
     if rule == "argmin":
-        return (start_BC1[..., 0] + pooled_BCS.masked_fill(~inside_BCS, math.inf).argmin(-1)).contiguous()
+        return start_BC1[..., 0] + pooled_BCS.masked_fill(~inside_BCS, math.inf).argmin(-1)
     scores_BCS = pooled_BCS if rule == "entropy" else torch.zeros_like(pooled_BCS)
     ladder_BCS = scores_BCS.masked_fill(~inside_BCS, -math.inf).softmax(-1).cumsum(-1)
     # The first step of the ladder above the draw; rounding can leave the last one a little below 1.

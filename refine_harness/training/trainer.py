@@ -97,10 +97,7 @@ class Piece:
     @property
     def labels(self) -> int:
         """Tokens that next-token prediction is normalised by."""
-        first_B = torch.ones_like(self.batch.lengths_B)
-        if self.batch.loss_from_B is not None:
-            first_B = torch.maximum(first_B, self.batch.loss_from_B)
-        return int((self.batch.lengths_B - first_B).clamp(min=0).sum())
+        return self.batch.labels
 
     @property
     def actions(self) -> int:
