@@ -22,9 +22,10 @@ from refine_harness.evaluation.prefixes import Place, Stretch, Tokens, as_tokens
 from refine_harness.models.base import FastWeightLM, Reading
 from refine_harness.models.decode import Decoder
 from refine_harness.models.state import State
+from refine_harness.types import upload
 
 PIECE = 8192
-"""Tokens of a row that are read at once."""
+"""Fewest tokens of a long row that are read at once; so many rows are read together that the budget holds these."""
 BUDGET = 32768
 """Tokens of all rows that are read at once: enough to keep a large GPU busy."""
 ROWS = 256
@@ -33,6 +34,8 @@ STATE_SHARE = 16
 """The states of such rows may take one part in so many of the device's memory: several copies live at once."""
 CPU_STATE_BYTES = 2**30
 """What they may take on a CPU."""
+FORKABLE = 4
+"""A reading that is forked keeps every layer's inputs: it is given one part in so many of the budget."""
 FREE = 2048
 """So many tokens are read about as fast as one: up to there padding costs nothing."""
 FILLED = 0.75
@@ -109,7 +112,7 @@ class Answerer:
     Args:
         model: a fast-weight language model.
         tokenizer: its tokenizer.
-        piece: tokens of a row that are read at once.
+        piece: fewest tokens of a long row that are read at once; a few rows get more, within the budget.
         budget: tokens of all rows that are read at once, padding included; bounds memory.
         rows: most rows that are read at once; None for as many as their states' memory allows, up to `ROWS`.
 
@@ -210,12 +213,13 @@ class Answerer:
         some = [i for i, tokens in enumerate(texts) if len(tokens)]
         for a in range(0, len(some), self._head_rows):
             part = some[a : a + self._head_rows]
-            first_N = torch.tensor([int(texts[i][0]) for i in part], device=self.device)
-            scores.add(torch.tensor(part), read.logits_RV[[sources[i] for i in part]], first_N)
+            first_N = self._index([int(texts[i][0]) for i in part])
+            scores.add(torch.tensor(part), read.logits_RV[self._index([sources[i] for i in part])], first_N)
         longer = [i for i in some if len(texts[i]) > 1]
         for batch in self._batches([len(texts[i]) - 1 for i in longer]):
             chosen = [longer[b] for b in batch]
-            self._continue([texts[i] for i in chosen], chosen, read.state.select([sources[i] for i in chosen]), scores)
+            state = read.state.select(self._index([sources[i] for i in chosen]))
+            self._continue([texts[i] for i in chosen], chosen, state, scores)
         flat = iter(scores.sums(len(texts)))
         return [[next(flat) for _ in group] for group in continuations]
 
@@ -225,8 +229,8 @@ class Answerer:
             columns = torch.arange(reading.hidden.shape[1])
             rows_N, steps_N = (columns < torch.tensor(lengths)[:, None]).nonzero(as_tuple=True)
             labels = [texts[b][start + 1 : start + 1 + n] for b, n in enumerate(lengths)]
-            labels_N = torch.from_numpy(np.concatenate(labels).astype(np.int64)).to(self.device)
-            hidden_ND = reading.hidden[rows_N.to(self.device), steps_N.to(self.device)]
+            labels_N = upload(torch.from_numpy(np.concatenate(labels).astype(np.int64)), self.device)
+            hidden_ND = reading.hidden[upload(rows_N, self.device), upload(steps_N, self.device)]
             names_N = torch.tensor(names)[rows_N]
             for a in range(0, len(labels_N), self._head_rows):
                 part = slice(a, a + self._head_rows)
@@ -251,7 +255,11 @@ class Answerer:
             at = [rows[place] for place in here]
             for place in here:
                 row_of_end[place] = len(row_of_end)
-            ended.append((state, hidden_RD) if at == list(range(len(state))) else (state.select(at), hidden_RD[at]))
+            if at != list(range(len(state))):
+                at_E = self._index(at)
+                ended.append((state.select(at_E), hidden_RD[at_E]))
+            else:
+                ended.append((state, hidden_RD))
         after = ended[0][0] if len(ended) == 1 else State.cat([part for part, _ in ended])
         logits_RV = self._logits(torch.cat([hidden_RD for _, hidden_RD in ended]))
         return _Read(after, logits_RV, [row_of_end[place] for place in tree.ends])
@@ -268,7 +276,7 @@ class Answerer:
         batches += [[i] for i in wave if len(stretches[i].marks) > 1]
         for batch in batches:
             sources = [source for i in batch if (source := stretches[i].source) is not None]
-            state = None if before is None else before.select([rows[source] for source in sources])
+            state = None if before is None else before.select(self._index([rows[source] for source in sources]))
             for b, marks, after, hidden_RD in self._marked([stretches[i] for i in batch], state):
                 for row, mark in zip(b, marks, strict=True):
                     found[batch[row], mark] = len(found)
@@ -286,15 +294,14 @@ class Answerer:
                 marks = [mark for mark in stretches[0].marks if start < mark <= start + lengths[0]]
                 if not marks:
                     continue
-                at_1C = torch.tensor([[mark - 1 - start for mark in marks]], device=self.device)
+                at_1C = self._index([mark - 1 - start for mark in marks])[None]
                 yield [0] * len(marks), marks, reading.states_at(at_1C), reading.at(at_1C)[0]
                 continue
             done = [b for b, n in enumerate(lengths) if start + n == len(stretches[b].tokens)]
             if not done:
                 continue
-            last_E = torch.tensor([lengths[b] - 1 for b in done], device=self.device)
-            after = reading.state if len(done) == len(lengths) else reading.state.select(done)
-            done_E = torch.tensor(done, device=self.device)
+            done_E, last_E = self._index(done), self._index([lengths[b] - 1 for b in done])
+            after = reading.state if len(done) == len(lengths) else reading.state.select(done_E)
             yield done, [len(stretches[b].tokens) for b in done], after, reading.hidden[done_E, last_E]
 
     def _pieces(
@@ -305,8 +312,7 @@ class Answerer:
         Yields the piece's first position, the real tokens of each row still there, and the reading.
         """
         before = len(rows)
-        # A reading that can be forked keeps every layer's activations.
-        size = max(1, self.piece // 4) if forkable else self.piece
+        size = max(1, self.budget // FORKABLE) if forkable else max(self.piece, self.budget // len(rows))
         for start in range(0, len(rows[0]), size):
             alive = [row[start : start + size] for row in rows if len(row) > start]
             lengths = [len(row) for row in alive]
@@ -320,9 +326,9 @@ class Answerer:
             self.tokens.padded += tokens_BT.size
             full = lengths[-1] == lengths[0]
             reading = self.model.read(
-                torch.from_numpy(tokens_BT).to(self.device),
+                upload(torch.from_numpy(tokens_BT), self.device),
                 state=state,
-                lengths=None if full else torch.tensor(lengths, device=self.device),
+                lengths=None if full else self._index(lengths),
                 forkable=forkable,
             )
             state = reading.state
@@ -343,6 +349,10 @@ class Answerer:
                 batches.append([i])
                 filled = lengths[i]
         return batches
+
+    def _index(self, numbers: Sequence[int]) -> Tensor:
+        """On the device, without waiting for it."""
+        return upload(torch.tensor(numbers, dtype=torch.int64), self.device)
 
     @property
     def _head_rows(self) -> int:

@@ -115,7 +115,9 @@ def test_long_prompts_are_read_in_pieces_within_the_budget(model, monkeypatch):
     prompts = [words(n, n) for n in (500, 480, 460, 30, 20)]
     ours.generate(prompts, [Decoding(max_tokens=1)] * 5)
     assert max(rows * width for rows, width in shapes) <= 200
-    assert max(width for _, width in shapes) == 96
+    assert (2, 100) in shapes and (2, 101) not in shapes, "two rows share the budget"
+    ours.generate(prompts[:1], [Decoding(max_tokens=1)])
+    assert (1, 200) in shapes, "one has it alone"
 
 
 def test_the_head_is_applied_where_something_is_scored_or_picked_only(model, monkeypatch):
