@@ -213,7 +213,7 @@ def contract(name: str, model: FastWeightLM, text: Tensor, table: str = "bfloat1
         assert last is not None
         return last[:, -K:]
 
-    lengths_B = torch.tensor([400, T], device="cuda")
+    lengths_B = torch.tensor([400, T])
 
     def padded() -> Tensor:
         return model.read(text[:, :T], lengths=lengths_B, forkable=False).hidden[0, :400]

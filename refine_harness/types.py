@@ -48,8 +48,8 @@ class Batch:
 
     @property
     def padded_B(self) -> Tensor | None:
-        """`lengths_B`, or None when no row is padded."""
-        return None if min(self.lengths) == self.tokens_BT.shape[1] else self.lengths_B
+        """`lengths_B` on the host, or None when no row is padded."""
+        return None if min(self.lengths) == self.tokens_BT.shape[1] else torch.tensor(self.lengths)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device, without waiting for it."""

@@ -10,6 +10,7 @@ from refine_kernels.lact import LaCT, lact
 from refine_kernels.linear_head import Known, linear_head
 from refine_kernels.lookup import Lookup, Tap, tapped
 from refine_kernels.normed_heads import add_normed_heads
+from refine_kernels.packing import Packing, picked, placed
 from refine_kernels.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
 from refine_kernels.rotary import Turns, rotary
 from refine_kernels.shared_qkv import SharedQKV, shared_qkv
@@ -22,6 +23,7 @@ __all__ = [
     "Known",
     "LaCT",
     "Lookup",
+    "Packing",
     "SharedQKV",
     "Tap",
     "Turns",
@@ -32,6 +34,8 @@ __all__ = [
     "lact",
     "last_inputs",
     "linear_head",
+    "picked",
+    "placed",
     "rms_norm",
     "rotary",
     "shared_qkv",

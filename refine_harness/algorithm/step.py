@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from refine_kernels import Known
+from refine_kernels import Known, Packing
 from torch import Tensor
 
 from refine_harness.algorithm.advantage import group_advantages, spreadless_share
@@ -136,13 +136,26 @@ def collect(
 def next_token(model: FastWeightLM, reading: Reading, batch: Batch, known: Known | None = None) -> Known:
     """Log-probability of every next token, entropy and log-normaliser of every prediction, each [B, T - 1], in nats.
 
+    Where a row is padded, what would be predicted from or to padding is not computed, and is zero.
+
     known: what an earlier call without gradients returned; the log-probabilities are now attached.
     """
     B, T = batch.tokens_BT.shape
-    hidden_MD, labels_M = reading.hidden[:, :-1].flatten(0, 1), batch.tokens_BT[:, 1:].flatten()
-    flat = None if known is None else (known[0].flatten(), known[1].flatten(), known[2].flatten())
-    logprobs_M, entropy_M, normaliser_M = model.label_logprobs(hidden_MD, labels_M, flat)
-    return logprobs_M.view(B, T - 1), entropy_M.view(B, T - 1), normaliser_M.view(B, T - 1)
+    real = None
+    if batch.padded_B is not None:
+        real = Packing(tuple(n - 1 for n in batch.lengths), batch.lengths_B - 1, T - 1)
+
+    def packed(x_BTX: Tensor) -> Tensor:
+        return x_BTX.flatten(0, 1) if real is None else real.pack(x_BTX)[0]
+
+    def spread(x_M: Tensor) -> Tensor:
+        return x_M.view(B, T - 1) if real is None else real.spread(x_M[None])
+
+    flat = None if known is None else (packed(known[0]), packed(known[1]), packed(known[2]))
+    logprobs_M, entropy_M, normaliser_M = model.label_logprobs(
+        packed(reading.hidden[:, :-1]), packed(batch.tokens_BT[:, 1:]), flat
+    )
+    return spread(logprobs_M), spread(entropy_M), spread(normaliser_M)
 
 
 def sample_rollouts(

@@ -328,7 +328,7 @@ class Answerer:
             reading = self.model.read(
                 upload(torch.from_numpy(tokens_BT), self.device),
                 state=state,
-                lengths=None if full else self._index(lengths),
+                lengths=None if full else torch.tensor(lengths),
                 forkable=forkable,
             )
             state = reading.state

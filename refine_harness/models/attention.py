@@ -100,12 +100,13 @@ class Attention(FastWeightLayer):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
-        B, T, _ = x_BTD.shape
-        q_BTHD = self.q_proj(x_BTD).view(B, T, self.heads, -1)
-        k_BTGD = self.k_proj(x_BTD).view(B, T, self.groups, -1)
+        q_BTHD = rows.spread(self.q_proj(x_BTD)).unflatten(-1, (self.heads, -1))
+        k_BTGD, v_BTGD = (
+            rows.spread(proj(x_BTD)).unflatten(-1, (self.groups, -1)) for proj in (self.k_proj, self.v_proj)
+        )
         by = turns(rows, q_BTHD.shape[-1], self.theta, q_BTHD)
         q_BTHD, k_BTGD = rotary(q_BTHD, by), rotary(k_BTGD, by)
-        history, past, past_B = {"keys": k_BTGD, "values": self.v_proj(x_BTD).view(B, T, self.groups, -1)}, 0, None
+        history, past, past_B = {"keys": k_BTGD, "values": v_BTGD}, 0, None
         if state is not None:
             past = state["keys"].shape[1]
             past_B = rows.seen_B.clamp(max=past)
@@ -114,7 +115,7 @@ class Attention(FastWeightLayer):
         tape = {"history": history, "past": past}
         whole = self.window is None and rows.lengths_B is None
         after = dict(history) if whole else self.fork(tape, rows.ends_B1)
-        return self.o_proj(o_BTHD.reshape(B, T, -1)), after, tape if forkable else None
+        return self.o_proj(rows.packed(o_BTHD.flatten(2))), after, tape if forkable else None
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The keys and values up to each position, as many as a later token can see."""

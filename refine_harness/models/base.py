@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from refine_kernels import Known, linear_head
+from refine_kernels import Known, Packing, linear_head
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from refine_harness.models.recorded import recorded
 from refine_harness.models.state import State
+from refine_harness.types import upload
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -32,7 +33,10 @@ Tape = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the tokens of a reading stand: how many of each row are real, and how many were read before them."""
+    """Where the tokens of a reading stand: how many of each row are real, and how many were read before them.
+
+    Where rows differ in length, layers get the real tokens alone, packed into one row; `spread` makes rows of them.
+    """
 
     T: int
     """Tokens per row, padding included."""
@@ -42,8 +46,10 @@ class Rows:
     """int64, tokens that each row's state has read."""
     seen: tuple[int, ...] | None = None
     """`seen_B` on the host, for models that ask for it with `host_rows`."""
-    lengths: tuple[int, ...] | None = None
-    """Real tokens of each row on the host, likewise."""
+    lengths: tuple[int, ...] = ()
+    """Real tokens of each row on the host."""
+    packing: Packing | None = None
+    """How the real tokens are packed; None when no row is padded."""
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
     """What layers of one kind work out once for all of them."""
 
@@ -52,17 +58,13 @@ class Rows:
         """int64 [B, T], each token's place in its whole text, from 0."""
         return self.seen_B[:, None] + torch.arange(self.T, device=self.seen_B.device)
 
-    @cached_property
-    def real_BT(self) -> Tensor | None:
-        """bool [B, T], True where the token is not padding; None when no row is padded."""
-        if self.lengths_B is None:
-            return None
-        return torch.arange(self.T, device=self.lengths_B.device) < self.lengths_B[:, None]
+    def packed(self, x_BTX: Tensor) -> Tensor:
+        """The real tokens of rows as layers get them, [1, M, X]; rows without padding stay what they are."""
+        return x_BTX if self.packing is None else self.packing.pack(x_BTX)
 
-    @property
-    def stops_B1(self) -> Tensor | None:
-        """`ends_B1`, or None when no row is padded."""
-        return None if self.lengths_B is None else self.ends_B1
+    def spread(self, x_1MX: Tensor) -> Tensor:
+        """The inverse of `packed`, [B, T, X]; padding is zeros."""
+        return x_1MX if self.packing is None else self.packing.spread(x_1MX)
 
     @cached_property
     def ends_B1(self) -> Tensor:
@@ -73,7 +75,10 @@ class Rows:
 
 
 class FastWeightLayer(nn.Module):
-    """One layer: B rows of T hidden states in, the same out, and its state after each row's last real token."""
+    """One layer: B rows of T hidden states in, the same out, and its state after each row's last real token.
+
+    Where `Rows.packing` is there, the rows come and go as one of M, the real tokens alone: [1, M, D] for [B, T, D].
+    """
 
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
@@ -91,7 +96,7 @@ class Reading:
     """One pass over B texts."""
 
     hidden: Tensor
-    """[B, T, D], after the final norm. Rows of padding hold numbers without meaning."""
+    """[B, T, D], after the final norm. What stands for padding has no meaning."""
     state: State
     """After each row's last real token."""
     _model: FastWeightLM
@@ -161,7 +166,7 @@ class FastWeightLM(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True
     host_rows: ClassVar[bool] = False
-    """Whether the layers need `Rows.seen` and `Rows.lengths`, which cost a wait for the device where there are any."""
+    """Whether the layers need `Rows.seen`, which costs a wait for the device where its state has not said it yet."""
 
     recordable: bool = False
     """Whether reading does the same operations whatever was read before, and waits for the device nowhere."""
@@ -203,11 +208,12 @@ class FastWeightLM(PreTrainedModel):
         Args:
             tokens_BT: int64; rows shorter than T are padded on the right.
             state: one row per row of tokens; None for texts that begin here.
-            lengths: int64 [B], real tokens per row, at least 1; None when no row is padded. Padding enters no state.
+            lengths: int64 [B], real tokens per row, at least 1; None when no row is padded. Padding is not computed and
+                enters no state. From the host: those on a device are fetched, which waits for it.
             forkable: keep what `Reading.states_at` needs. False saves memory when only the last state is wanted.
         """
         rows = self._rows(tokens_BT, state, lengths)
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(rows.packed(tokens_BT))
         states: list[dict[str, Tensor]] = []
         tapes: list[Tape] = []
         for i, layer in enumerate(self.layers):
@@ -216,10 +222,11 @@ class FastWeightLM(PreTrainedModel):
             states.append(after)
             if tape is not None:
                 tapes.append(tape)
-        after = State(tuple(states), rows.seen_B + (rows.T if lengths is None else lengths))
-        if rows.seen is not None and rows.lengths is not None:
+        after = State(tuple(states), rows.seen_B + (rows.T if rows.lengths_B is None else rows.lengths_B))
+        if rows.seen is not None:
             after.assume_seen(tuple(a + b for a, b in zip(rows.seen, rows.lengths, strict=True)))
-        return Reading(self.final_norm(x_BTD), after, self, tuple(tapes) if forkable else None, rows.seen_B)
+        hidden_BTD = rows.spread(self.final_norm(x_BTD))
+        return Reading(hidden_BTD, after, self, tuple(tapes) if forkable else None, rows.seen_B)
 
     def fork_layers(self, tapes: Sequence[Tape], positions_BC: Tensor, *, once: bool) -> tuple[dict[str, Tensor], ...]:
         """Every layer's state at the positions; see `Reading.states_at`."""
@@ -246,14 +253,15 @@ class FastWeightLM(PreTrainedModel):
         finally:
             self.gradient_checkpointing = checkpointing
 
-    def _rows(self, tokens_BT: Tensor, state: State | None, lengths_B: Tensor | None) -> Rows:
+    def _rows(self, tokens_BT: Tensor, state: State | None, given_B: Tensor | None) -> Rows:
         B, T = tokens_BT.shape
         seen_B = torch.zeros(B, dtype=torch.int64, device=tokens_BT.device) if state is None else state.seen_R
-        if not self.host_rows:
-            return Rows(T, lengths_B, seen_B)
-        seen = (0,) * B if state is None else state.seen
-        lengths = (T,) * B if lengths_B is None else tuple(lengths_B.tolist())
-        return Rows(T, lengths_B, seen_B, seen, lengths)
+        seen = None if not self.host_rows else (0,) * B if state is None else state.seen
+        lengths = (T,) * B if given_B is None else tuple(given_B.tolist())
+        if given_B is None or min(lengths) == T:
+            return Rows(T, None, seen_B, seen, lengths)
+        lengths_B = upload(given_B, tokens_BT.device)
+        return Rows(T, lengths_B, seen_B, seen, lengths, Packing(lengths, lengths_B, T))
 
     def _checkpointed(self, layer: FastWeightLayer) -> Callable[..., Any]:
         """The layer, its activations made again in the backward pass instead of stored."""
@@ -327,7 +335,7 @@ class FastWeightLM(PreTrainedModel):
                 f"{tokens_1M.shape[0]} rows); give 0, the end of each text in order, and the number of tokens."
             )
         rows = pad_sequence(list(tokens_1M[0].split(lengths)), batch_first=True)
-        reading = self.read(rows, lengths=torch.tensor(lengths, device=rows.device), forkable=False)
+        reading = self.read(rows, lengths=torch.tensor(lengths), forkable=False)
         hidden_1MD = torch.cat([x[:n] for x, n in zip(reading.hidden, lengths, strict=True)])[None]
         if labels_1M is not None:  # the first token of a text follows nothing
             labels_1M = labels_1M.clone()

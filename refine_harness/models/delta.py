@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from refine_kernels import Lookup, delta_rule, last_inputs, short_conv, tapped
+from refine_kernels import Lookup, Packing, delta_rule, last_inputs, short_conv, tapped
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -176,15 +176,19 @@ class DeltaMixer(FastWeightLayer):
         """How strongly each token writes, beta [B, T, H], and the log decay before it, [B, T, H]; None for no decay."""
         raise NotImplementedError
 
-    def query_or_key(self, name: str, x_BTD: Tensor, before: dict[str, Tensor]) -> Tensor:
+    def query_or_key(
+        self, name: str, x_BTD: Tensor, before: dict[str, Tensor], packing: Packing | None = None
+    ) -> Tensor:
         """The projected queries ("q") or keys ("k") as the delta rule takes them, [B, T, G, K]."""
-        return self.mixed(name, x_BTD, before, unit_heads=self.heads.keys).unflatten(-1, (self.heads.keys, -1))
+        y_BTD = self.mixed(name, x_BTD, before, packing, unit_heads=self.heads.keys)
+        return y_BTD.unflatten(-1, (self.heads.keys, -1))
 
     def mixed(
         self,
         name: str,
         x_BTD: Tensor,
         before: dict[str, Tensor],
+        packing: Packing | None = None,
         *,
         silu: bool = True,
         unit_heads: int | None = None,
@@ -192,9 +196,10 @@ class DeltaMixer(FastWeightLayer):
         """Convolution, activation and norm in one pass; a layer without convolution has one of one tap, which is 1."""
         if self.use_short_conv:
             weight_DW = getattr(self, f"{name}_conv1d").weight[:, 0]
-        else:
-            weight_DW = x_BTD.new_ones(x_BTD.shape[-1], 1)
-        return short_conv(x_BTD, weight_DW, before.get(f"{name}_inputs"), silu=silu, unit_heads=unit_heads)
+        else:  # no token meets another, so where texts end does not matter
+            weight_DW, packing = x_BTD.new_ones(x_BTD.shape[-1], 1), None
+        started = before.get(f"{name}_inputs")
+        return short_conv(x_BTD, weight_DW, started, silu=silu, unit_heads=unit_heads, packing=packing)
 
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
@@ -204,17 +209,21 @@ class DeltaMixer(FastWeightLayer):
         if forkable:
             x_BTD, tap = tapped(x_BTD)
         inputs = self._inputs(x_BTD)
-        q_BTGK, k_BTGK = (self.query_or_key(name, inputs[name], before) for name in "qk")
-        v_BTHV = self._values(inputs["v"], before)
-        beta_BTH, g_BTH = self._strengths(x_BTD, rows.real_BT)
-        rule = delta_rule(q_BTGK, k_BTGK, v_BTHV, beta_BTH, before.get("memory"), g_BTH=g_BTH, boundaries=forkable)
+        packing = rows.packing
+        q_BTGK, k_BTGK = (self.query_or_key(name, inputs[name], before, packing) for name in "qk")
+        v_BTHV = self._values(inputs["v"], before, packing)
+        beta_BTH, g_BTH = self.strengths(x_BTD)
+        memory_BHKV = before.get("memory")
+        rule = delta_rule(
+            q_BTGK, k_BTGK, v_BTHV, beta_BTH, memory_BHKV, g_BTH=g_BTH, boundaries=forkable, packing=packing
+        )
         o_BTHV = rule.outputs_BTHV
         o_BTHV = self.o_norm(o_BTHV, self.g_proj(x_BTD).view_as(o_BTHV)) if self.gated else self.o_norm(o_BTHV)
         after = {"memory": rule.state_BHKV}
         if self.use_short_conv:
             for name, input_BTX in inputs.items():
                 name = f"{name}_inputs"
-                after[name] = last_inputs(input_BTX, before.get(name), rows.stops_B1, self.taps)
+                after[name] = last_inputs(input_BTX, before.get(name), None, self.taps, packing)
         tape = {"x": tap, "grid": rule.boundaries, "stride": rule.stride, "rows": rows, "before": before}
         return self.o_proj(o_BTHV.flatten(2)), after, tape if forkable else None
 
@@ -256,7 +265,10 @@ class DeltaMixer(FastWeightLayer):
         before = {f"{name}_inputs": x_RMX[:, :P] for name, x_RMX in inputs.items()} if P else {}
         k_RLGK = self.query_or_key("k", inputs["k"][:, P:], before)
         v_RLHV = self._values(inputs["v"][:, P:], before)
-        beta_RLH, g_RLH = self._strengths(x_RMD[:, P:], masks.real_RL)
+        beta_RLH, g_RLH = self.strengths(x_RMD[:, P:])
+        # Beyond the position nothing is written and nothing forgotten.
+        beta_RLH = beta_RLH * masks.real_RL[..., None]
+        g_RLH = None if g_RLH is None else g_RLH * masks.real_RL[..., None]
         after = {"memory": delta_rule(k_RLGK, k_RLGK, v_RLHV, beta_RLH, memory_RHKV, g_BTH=g_RLH).state_BHKV}
         for name, x_RMX in inputs.items() if P else ():
             after[f"{name}_inputs"] = x_RMX.gather(1, masks.last_RP[..., None].expand(-1, -1, x_RMX.shape[-1]))
@@ -266,16 +278,9 @@ class DeltaMixer(FastWeightLayer):
         """What the convolutions read."""
         return {"q": self.q_proj(x_BTD), "k": self.k_proj(x_BTD), "v": self.v_proj(x_BTD)}
 
-    def _values(self, input_BTX: Tensor, before: dict[str, Tensor]) -> Tensor:
+    def _values(self, input_BTX: Tensor, before: dict[str, Tensor], packing: Packing | None = None) -> Tensor:
         """Values [B, T, H, V]."""
-        return self.mixed("v", input_BTX, before).unflatten(-1, (self.heads.values, -1))
-
-    def _strengths(self, x_BTD: Tensor, real_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """As `strengths`, but a pad writes with strength zero and forgets nothing."""
-        beta_BTH, g_BTH = self.strengths(x_BTD)
-        if real_BT is None:
-            return beta_BTH, g_BTH
-        return beta_BTH * real_BT[..., None], None if g_BTH is None else g_BTH * real_BT[..., None]
+        return self.mixed("v", input_BTX, before, packing).unflatten(-1, (self.heads.values, -1))
 
 
 class Masks(NamedTuple):
@@ -312,11 +317,16 @@ def _spots(rows: Rows, positions_BC: Tensor, stride: int, P: int) -> Spots:
     rows_R = torch.arange(B, device=device).repeat_interleave(C)
     chunk_R = (read_R - 1).clamp(min=0) // stride
     at_RM = (chunk_R * stride)[:, None] + torch.arange(-P, min(stride, rows.T), device=device)
-    inside_RM = (at_RM >= 0) & (at_RM < rows.T)
-    tokens_RM = rows_R[:, None] * rows.T + at_RM.clamp(min=0, max=rows.T - 1)
+    last_R1 = rows.ends_B1[rows_R]
+    inside_RM = (at_RM >= 0) & (at_RM <= last_R1)
+    if rows.packing is None:
+        first_R, first_chunk_R = rows_R * rows.T, rows_R * -(-rows.T // stride)
+    else:
+        first_R, first_chunk_R = rows.packing.starts[rows_R], rows.packing.pieces(stride).starts[rows_R]
+    tokens_RM = first_R[:, None] + at_RM.clamp(min=0).minimum(last_R1)
     since_R1 = (read_R - chunk_R * stride)[:, None]
     spots = Spots(
-        Lookup(rows_R * -(-rows.T // stride) + chunk_R),
+        Lookup(first_chunk_R + chunk_R),
         Lookup(tokens_RM.flatten()),
         rows_R,
         Masks(inside_RM, at_RM[:, P:] < read_R[:, None], since_R1 + torch.arange(P, device=device)),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from refine_kernels import short_conv
+from refine_kernels import Packing, short_conv
 from torch import Tensor, nn
 
 from refine_harness.errors import ModelError
@@ -73,11 +73,13 @@ class DeltaNet(DeltaMixer):
             return x_BTD.new_full((*x_BTD.shape[:2], self.heads.values), self.beta_scale), None
         return self.b_proj(x_BTD).sigmoid() * self.beta_scale, None
 
-    def query_or_key(self, name: str, x_BTD: Tensor, before: dict[str, Tensor]) -> Tensor:
+    def query_or_key(
+        self, name: str, x_BTD: Tensor, before: dict[str, Tensor], packing: Packing | None = None
+    ) -> Tensor:
         """silu belongs to the convolution; the other activations follow it, and the norm follows them."""
         heads, silu = self.heads.keys, self.qk_activation == "silu"
         in_one_pass = self.qk_norm == "l2" and self.qk_activation in ("silu", "identity")
-        y_BTD = self.mixed(name, x_BTD, before, silu=silu, unit_heads=heads if in_one_pass else None)
+        y_BTD = self.mixed(name, x_BTD, before, packing, silu=silu, unit_heads=heads if in_one_pass else None)
         if self.qk_activation == "relu":
             y_BTD = y_BTD.relu()
         elif self.qk_activation == "elu":

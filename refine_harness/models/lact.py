@@ -238,10 +238,10 @@ class LaCTMixer(FastWeightLayer):
         read_by = self._projected(x_BTD, rows)
         attended_BTD, window, tape = self._attend(read_by, state, rows)
         read = self._read_fast_weights(x_BTD, read_by, state, rows, forkable)
-        gate_BTH = self.ttt_scale_proj(x_BTD) if self.config.learnable_ttt_scale else None
+        gate_BTH = rows.spread(self.ttt_scale_proj(x_BTD)) if self.config.learnable_ttt_scale else None
         y_BTD = add_normed_heads(attended_BTD, read.outputs_BTHV, self.ttt_norm.weight, gate_BTH, self.ttt_norm.eps)
         after = {**_as_tensors(read.fast, read.unfinished), **window}
-        return self.o_proj(y_BTD), after, {"read": read, "before": state, **tape} if forkable else None
+        return self.o_proj(rows.packed(y_BTD)), after, {"read": read, "before": state, **tape} if forkable else None
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The weights of the chunks completed so far, the tokens since, and the window: all of it is on the tape."""
@@ -249,14 +249,14 @@ class LaCTMixer(FastWeightLayer):
         return {**_as_tensors(*read.state_at(positions_BC)), **self._window_at(tape, tape["before"], positions_BC)}
 
     def _projected(self, x_BTD: Tensor, rows: Rows) -> SharedQKV:
-        """Queries, keys and values for attention and for the fast weights."""
+        """Queries, keys and values for attention and for the fast weights, in rows."""
         config = self.config
         qkv_BT3D = self.qkv(x_BTD).unflatten(-1, (3, -1))
         if config.attn_qk_norm:
             q_BTD, k_BTD, v_BTD = qkv_BT3D.unbind(2)
             qkv_BT3D = torch.stack((self.q_norm(q_BTD), self.k_norm(k_BTD), v_BTD), 2)
         return shared_qkv(
-            qkv_BT3D,
+            rows.spread(qkv_BT3D),
             self.qk_scale,
             self.qk_offset,
             turns(rows, config.hidden_size // config.num_attn_heads, config.rope_theta, qkv_BT3D),
@@ -300,15 +300,14 @@ class LaCTMixer(FastWeightLayer):
         self, x_BTD: Tensor, read_by: SharedQKV, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> LaCT:
         """Each token's chunk read with the fast weights that the chunks before it left."""
-        B, T = x_BTD.shape[:2]
         config, H = self.config, self.config.num_lact_heads
-        rates_BTHX = F.softplus(_wide(self.lr_proj(x_BTD)) + RATE_BIAS).view(B, T, H, -1)
-        momentum_BTH = self.momentum_proj(x_BTD) if config.use_momentum else None
-        assert rows.seen is not None and rows.lengths is not None
+        rates_BTHX = rows.spread(F.softplus(_wide(self.lr_proj(x_BTD)) + RATE_BIAS)).unflatten(-1, (H, -1))
+        momentum_BTH = rows.spread(self.momentum_proj(x_BTD)) if config.use_momentum else None
+        assert rows.seen is not None
         return lact(
             read_by.fast_q_BTHK,
             Chunk(read_by.fast_k_BTHK, read_by.fast_v_BTHK, rates_BTHX, momentum_BTH),
-            self._initial(B) if state is None else _fast_weights(state),
+            self._initial(len(rows.lengths)) if state is None else _fast_weights(state),
             None if state is None else _unfinished(state),
             Place(rows.seen_B, rows.seen, rows.lengths_B, rows.lengths),
             chunk_size=config.lact_chunk_size,

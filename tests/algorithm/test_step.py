@@ -6,6 +6,7 @@ from refine_kernels.testing import assert_close
 
 from refine_harness.algorithm import collect, refine_step, rollout
 from refine_harness.algorithm.rereading import refine_step_by_rereading
+from refine_harness.algorithm.step import next_token
 from refine_harness.config import Algorithm
 from refine_harness.errors import DataError
 from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM
@@ -206,6 +207,29 @@ def test_lambda_zero_is_next_token_prediction_and_draws_nothing(model, batch):
     assert losses.ntp_count == count and losses.policy_count == 0
     for name, p in model.named_parameters():
         assert_close(got[name], p.grad, name)
+
+
+def test_the_head_rates_what_has_a_label_and_nothing_else(model, batch, monkeypatch):
+    rated, rate = [], model.label_logprobs
+
+    def count(hidden_MD, labels_M, known=None):
+        rated.append(len(hidden_MD))
+        return rate(hidden_MD, labels_M, known)
+
+    monkeypatch.setattr(model, "label_logprobs", count)
+    spoiled = Batch(batch.tokens_BT.masked_fill(~batch.real_BT, 39), batch.lengths_B)
+    parts = next_token(model, model.read(batch.tokens_BT, lengths=batch.padded_B), batch)
+    again = next_token(model, model.read(spoiled.tokens_BT, lengths=spoiled.padded_B), spoiled, parts)
+    assert rated == [149 + 100 + 63] * 2
+    for part, same in zip(parts, again, strict=True):
+        assert part.shape == (3, 149) and torch.equal(part, same)
+    for b, length in enumerate(batch.lengths):
+        row = batch.rows(b, b + 1)
+        alone = next_token(model, model.read(row.tokens_BT), row)
+        for part, own in zip(parts, alone, strict=True):
+            assert_close(part[b : b + 1, : length - 1], own)
+            assert not part[b, length - 1 :].any()
+    assert rated[2:] == [149, 100, 63]
 
 
 def test_a_document_draws_the_same_in_any_company(model, batch):

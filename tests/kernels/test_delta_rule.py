@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from refine_kernels import Lookup, delta_rule
+from refine_kernels import Lookup, Packing, delta_rule
 from refine_kernels.choose import ImplementationError
 from refine_kernels.testing import assert_close, poisoned
 from torch.autograd import gradcheck
@@ -122,6 +122,40 @@ def test_a_pad_of_strength_zero_writes_nothing_whatever_it_holds(kind):
     alone = run([*(x[:, :70] for x in args[:4]), args[4], *(g[:, :70] for g in args[5:])])
     assert_close(masked.state_BHKV, alone.state_BHKV)
     assert_close(masked.outputs_BTHV[:, :70], alone.outputs_BTHV)
+
+
+@each_kind
+@pytest.mark.parametrize("lengths", [(100, 1, 64, 130), (3, 1), (40, 40)], ids=str)
+def test_packed_texts_are_each_text_alone(lengths, kind):
+    texts = [inputs(T, **{**KINDS[kind], "B": 1}) for T in lengths]
+    at_tokens = [torch.cat([text[i] for text in texts], 1).detach().requires_grad_() for i in (0, 1, 2, 3)]
+    states = torch.cat([text[4] for text in texts]).detach().requires_grad_()
+    decays = [torch.cat([text[5] for text in texts], 1).detach().requires_grad_()] if len(texts[0]) > 5 else []
+    packing = Packing(lengths, torch.tensor(lengths), max(lengths) + 2)
+    whole = [*at_tokens, states, *decays]
+    got = run(whole, boundaries=True, packing=packing)
+    want = [run(text, boundaries=True) for text in texts]
+    alone = [rule.boundaries for rule in want if rule.boundaries is not None]
+    grid = torch.cat([tap.value for tap in alone], 1)
+    assert got.boundaries is not None and len(alone) == len(texts)
+    assert got.boundaries.value.shape == grid.shape and len(packing.pieces(got.stride).index_N2) == grid.shape[1]
+    # Every state of the grid is asked for, the first one twice.
+    every = torch.tensor([*range(grid.shape[1]), 0])
+    picked = [tap.pick(Lookup(torch.arange(tap.value.shape[1]))) for tap in alone]
+    pairs = [
+        (got.outputs_BTHV, torch.cat([rule.outputs_BTHV for rule in want], 1)),
+        (got.state_BHKV, torch.cat([rule.state_BHKV for rule in want])),
+        (got.boundaries.pick(Lookup(every)), torch.cat([*picked, picked[0][:1]])),
+    ]
+    losses = [torch.zeros((), dtype=torch.float64)] * 2
+    for a, b in pairs:
+        assert_close(a, b)
+        slope = torch.randn_like(a)
+        losses = [loss + (x * slope).sum() for loss, x in zip(losses, (a, b), strict=True)]
+    grads = torch.autograd.grad(losses[0], whole)
+    wants = torch.autograd.grad(losses[1], [x for text in texts for x in text])
+    for i, (name, grad) in enumerate(zip(NAMES, grads, strict=False)):
+        assert_close(grad, torch.cat(wants[i :: len(whole)], 0 if name == "state" else 1), name)
 
 
 @each_kind

@@ -29,6 +29,7 @@ if not (ON_GPU or INTERPRETED):
 else:
     from refine_kernels import (
         Lookup,
+        Packing,
         add_normed_heads,
         add_rms_norm,
         gated_rms_norm,
@@ -117,6 +118,22 @@ else:
 
         compare(biased, [x, weight, before, bias])
 
+    def packed(*lengths):
+        return Packing(lengths, torch.tensor(lengths, device=DEVICE), max(lengths))
+
+    @dtypes
+    @pytest.mark.parametrize("lengths", [(1, 64, 3, 100), (2, 1)], ids=str)
+    @pytest.mark.parametrize(
+        ("D", "W", "settings"),
+        [(12, 4, {}), (12, 4, {"unit_heads": 2}), (70, 3, {"silu": False}), (12, 1, {})],
+    )
+    def test_short_convolution_of_packed_texts(dtype, lengths, D, W, settings):
+        x, weight = draw(1, sum(lengths), D, dtype=dtype), draw(D, W, dtype=dtype)
+        compare(short_conv, [x, weight], packing=packed(*lengths), **settings)
+        if W > 1:
+            before = draw(len(lengths), W - 1, D, dtype=dtype)
+            compare(short_conv, [x, weight, before], packing=packed(*lengths), **settings)
+
     @dtypes
     @pytest.mark.parametrize("pieces", (1, 3))
     def test_linear_head(dtype, pieces, monkeypatch):
@@ -173,6 +190,90 @@ else:
         assert_close(dv2, torch.cat(wanted_dv, 1), "what was written")
         assert dstart is not None
         assert_close(dstart.to(loose), S, "first state")
+
+    @dtypes
+    @pytest.mark.parametrize("decay", (False, True))
+    def test_state_gradients_of_packed_texts_are_those_of_each_alone(dtype, decay):
+        lengths, G, H, K, V = (150, 1, 64, 129, 300), 1, 2, 20, 24
+        packing = packed(*lengths)
+
+        def at_tokens(heads, X, seed):
+            return draw(1, sum(lengths), heads, X, dtype=dtype, seed=seed).detach() * 0.2
+
+        parts: Any = [at_tokens(*sizes, seed) for seed, sizes in enumerate([(G, K), (G, K), (H, K), (H, V), (H, V)])]
+        g = -draw(1, sum(lengths), H, seed=8).detach().abs() * 0.01 if decay else None
+        dafter = draw(len(lengths), H, K, V, seed=5).detach()
+        # One fork of every state of the grid.
+        grid = packing.pieces(64 * EVERY)
+        brought = draw(len(grid.index_N2), H, K, V, dtype=dtype, seed=6).detach()
+        arrivals = Lookup(torch.arange(len(brought), device=DEVICE)), brought
+        with poisoned():
+            q, k, w, do, dv = parts
+            got = state_gradients(q, k, w, do, dv, g, dafter, arrivals, 0.7, True, packing)
+        alone = []
+        for b, n in enumerate(lengths):
+            start = sum(lengths[:b])
+            q, k, w, do, dv = (x[:, start : start + n].contiguous() for x in parts)
+            own_g = None if g is None else g[:, start : start + n].contiguous()
+            first, last = grid.starts[b], grid.starts[b + 1]
+            forks = Lookup(torch.arange(int(last - first), device=DEVICE)), brought[first:last]
+            alone.append(state_gradients(q, k, w, do, dv, own_g, dafter[b : b + 1], forks, 0.7, True))
+        each_of: Any = zip(*alone, strict=True)
+        for x, each, dim in zip(got, each_of, (1, 0, 1), strict=True):
+            assert x is not None and torch.equal(x, torch.cat(each, dim))
+
+    @pytest.fixture
+    def fla_here(monkeypatch):
+        """fla's kernels in the interpreter: one choice of tile sizes each, and loops that count in tensors."""
+        if not INTERPRETED:
+            pytest.skip("tests/kernels/test_gpu.py runs them")
+        import numpy as np
+        import triton.language as tl
+        from fla.ops.common import chunk_delta_h
+        from refine_kernels import fla
+        from triton.runtime.interpreter import TensorHandle
+
+        def counted(*bounds):
+            for i in range(*(int(bound) for bound in bounds)):
+                yield tl.core.tensor(TensorHandle(np.array([i], dtype=np.int32), tl.int32), tl.int32)
+
+        monkeypatch.setattr(chunk_delta_h, "range", counted, raising=False)
+        monkeypatch.setattr(fla, "load_tuned", lambda: 0)
+        for name in ("chunk_fwd", "wy_fast", "fused_recurrent"):
+            fla.ops(f"gated_delta_rule.{name}")
+        for name in ("common.chunk_o", "utils.cumsum"):
+            fla.ops(name)
+        for _, tuner in fla.autotuners():
+            monkeypatch.setattr(tuner, "configs", tuner.configs[:1])
+
+    @pytest.mark.parametrize("lengths", [(150, 1, 64, 129), (7, 20)], ids=str)
+    @pytest.mark.parametrize("decay", (False, True))
+    def test_delta_rule_of_packed_texts(fla_here, lengths, decay):
+        """All of the fused form, fla's kernels included."""
+        from refine_kernels.delta_rule import fused, reference
+
+        G, H, K, V, M, packing = 1, 2, 16, 32, sum(lengths), packed(*lengths)
+        q, k = (torch.nn.functional.normalize(draw(1, M, G, K, seed=s).detach(), dim=-1) for s in (0, 1))
+        text = [q, k, draw(1, M, H, V), draw(1, M, H).sigmoid(), draw(len(lengths), H, K, V) * 0.1]
+        text += [-draw(1, M, H, seed=2).abs() * 0.1] if decay else []
+        coarse = packing.pieces(64 * EVERY)
+        results: list[Any] = []
+        for ops, dtype in ((fused, torch.float32), (reference, torch.float64)):
+            inputs = [x.detach().to(dtype).requires_grad_() for x in text]
+            given = {"g_BTH": inputs[5] if decay else None, "packing": packing}
+            rule = ops.delta_rule(*inputs[:5], boundaries=True, **given)
+            # Every state of the coarser grid, the first one twice.
+            of_text, place = coarse.index_N2.unbind(1)
+            at = packing.pieces(rule.stride).starts[of_text] + place * (64 * EVERY // rule.stride)
+            states = rule.boundaries.pick(Lookup(torch.cat((at, at[:1]))))
+            outputs = [rule.outputs_BTHV, rule.state_BHKV, states]
+            loss: Any = sum((x * draw(*x.shape, seed=9).detach().to(dtype)).sum() for x in outputs)
+            grads = torch.autograd.grad(loss, inputs)
+            with torch.no_grad():  # a few tokens go another way
+                outputs += ops.delta_rule(*inputs[:5], **given)[:2]
+            results.append([*outputs, *grads])
+        for i, (got, want) in enumerate(zip(*results, strict=True)):
+            assert_close(got, want, f"result {i}")
 
     def angles(like, rows, T, size):
         """Rows at different places of long texts."""

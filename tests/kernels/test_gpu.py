@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from refine_kernels import Lookup, delta_rule, fla, window_attention
+from refine_kernels import Lookup, Packing, delta_rule, fla, window_attention
 from refine_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +58,40 @@ def test_delta_rule(T, G, H, K, V, decay):
         ["q", "k", "v", "beta", "state", "g"], grads, torch.autograd.grad(exact_loss, exact_leaves), strict=False
     ):
         assert_close(a.bfloat16(), b, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("lengths", [(1000, 1, 64, 129), (7, 20)], ids=str)
+@pytest.mark.parametrize(("G", "H", "K", "V", "decay"), [(2, 2, 128, 128, False), (2, 4, 64, 128, True)])
+def test_delta_rule_of_packed_texts_is_each_text_alone(lengths, G, H, K, V, decay):
+    if reason := fla.why_no_decay() if decay else fla.why_not():
+        pytest.skip(reason)
+    packing = Packing(lengths, torch.tensor(lengths, device="cuda"), max(lengths))
+    q, k, v, beta, _, g = delta_inputs(1, sum(lengths), G, H, K, V, decay)
+    state = (draw(len(lengths), H, K, V, seed=3, dtype=torch.float32) * 0.1).requires_grad_()
+    at_tokens = [q, k, v, beta, *([g] if decay else [])]
+
+    def results(texts: list[Any]) -> list[Any]:
+        parts = []
+        for b, (rows, packing) in enumerate(texts):
+            started = state if packing is not None else state[b : b + 1]
+            q, k, v, beta, *g = rows
+            g_BTH = g[0] if decay else None
+            rule = delta_rule(q, k, v, beta, started, g_BTH=g_BTH, boundaries=True, packing=packing, impl="fused")
+            assert rule.boundaries is not None
+            count = rule.boundaries.value.shape[1]
+            every = rule.boundaries.pick(Lookup(torch.arange(count, device="cuda")))
+            parts.append((rule.outputs_BTHV[0], rule.state_BHKV, every))
+        outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
+        loss: Any = sum((x * draw(*x.shape, seed=i)).sum() for i, x in enumerate(outputs))
+        with poisoned():
+            return [*outputs, *torch.autograd.grad(loss, [*at_tokens, state])]
+
+    with poisoned():
+        got = results([(at_tokens, packing)])
+        pieces = zip(*(x.split(lengths, 1) for x in at_tokens), strict=True)
+        want = results([(rows, None) for rows in pieces])
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert_close(a.bfloat16(), b.bfloat16(), f"result {i}")
 
 
 def test_a_few_tokens_without_gradient():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from refine_kernels import last_inputs, short_conv
+from refine_kernels import Packing, last_inputs, short_conv
 from refine_kernels.testing import assert_close
 
 
@@ -44,3 +44,21 @@ def test_its_state_at_a_position_continues_the_text(W, T):
         for b in range(2):
             for c, p in enumerate(positions[b].tolist()):
                 assert torch.equal(got[b, c], text[b, p + 1 : p + W])
+
+
+@pytest.mark.parametrize("W", (1, 2, 4))
+@pytest.mark.parametrize("started", (False, True))
+def test_packed_texts_are_each_text_alone(W, started):
+    lengths = (9, 1, 2, 5)
+    texts = [torch.randn(1, T, 6, dtype=torch.float64) for T in lengths]
+    x = torch.cat(texts, 1)
+    weight, before = torch.randn(6, W, dtype=torch.float64), torch.randn(4, W - 1, 6, dtype=torch.float64)
+    packing = Packing(lengths, torch.tensor(lengths), 9)
+    positions = torch.tensor([[-1, 8, 4], [0, -1, 0], [1, 0, 1], [4, 3, 2]])
+    given = [before[b : b + 1] if started else None for b in range(4)]
+    whole = before if started else None
+    got = short_conv(x, weight, whole, unit_heads=2, packing=packing)
+    assert_close(got, torch.cat([short_conv(t, weight, g, unit_heads=2) for t, g in zip(texts, given, strict=True)], 1))
+    for at in (positions, None):
+        alone = [last_inputs(text, given[b], None if at is None else at[b : b + 1], W) for b, text in enumerate(texts)]
+        assert torch.equal(last_inputs(x, whole, at, W, packing), torch.cat(alone))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from refine_kernels.testing import assert_close
 
+from refine_harness.models import State
+
 from . import naive
 from .tiny import tokens
 
@@ -28,6 +30,15 @@ def same_gradients(model, got, want):
     a, b = gradients(model, got), gradients(model, want)
     for name in a:
         assert_close(a[name], b[name], name)
+
+
+def same_states(got, want):
+    """Equal row by row, whatever room their histories have."""
+    both, n = State.cat([got, want]), len(got)
+    for i, layer in enumerate(both.layers):
+        for name, x in layer.items():
+            assert_close(x[:n], x[n:], f"layer {i} {name}")
+    assert both.seen_R[:n].tolist() == both.seen_R[n:].tolist()
 
 
 def probe(hidden, seed=1):
@@ -63,7 +74,7 @@ def nothing_is_asked_of_the_device(model, T, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for such tensors
     torch.nn.Module.to(model, "meta")
     first = model.read(tokens(2, 30).to("meta"))
-    reading = model.read(tokens(2, T).to("meta"), first.state, torch.ones(2, dtype=torch.int64, device="meta"))
+    reading = model.read(tokens(2, T).to("meta"), first.state, torch.tensor([1, T]))
     model.read(tokens(2, 3).to("meta"), reading.states_at(torch.zeros(2, 1, dtype=torch.int64, device="meta")))
 
 

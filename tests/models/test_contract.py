@@ -10,7 +10,7 @@ from refine_kernels.testing import assert_close
 from refine_harness.errors import DataError
 from refine_harness.models import State
 
-from .checks import probe, same_gradients
+from .checks import probe, same_gradients, same_states
 from .tiny import MODELS, build, tokens
 
 EACH = [(name, T) for name, tiny in MODELS.items() for T in tiny.lengths]
@@ -21,15 +21,6 @@ each_model = pytest.mark.parametrize("model", MODELS, indirect=True)
 @pytest.fixture(scope="module")
 def model(request):
     return build(request.param)
-
-
-def same_states(got, want):
-    """Equal row by row, whatever room their histories have."""
-    both, n = State.cat([got, want]), len(got)
-    for i, layer in enumerate(both.layers):
-        for name, x in layer.items():
-            assert_close(x[:n], x[n:], f"layer {i} {name}")
-    assert both.seen_R[:n].tolist() == both.seen_R[n:].tolist()
 
 
 @each_length

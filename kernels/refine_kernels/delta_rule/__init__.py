@@ -9,6 +9,7 @@ from torch import Tensor
 
 from refine_kernels.choose import Impl, choose
 from refine_kernels.delta_rule.reference import DeltaRule
+from refine_kernels.packing import Packing
 
 __all__ = ["DeltaRule", "delta_rule"]
 
@@ -23,6 +24,7 @@ def delta_rule(
     g_BTH: Tensor | None = None,
     scale: float | None = None,
     boundaries: bool = False,
+    packing: Packing | None = None,
     impl: Impl = "auto",
 ) -> DeltaRule:
     """Outputs for every token, the final state and, on request, the states at a fixed grid of positions.
@@ -37,10 +39,14 @@ def delta_rule(
         g_BTH: log of the decay, at most 0, float32 or wider; None for a memory that never fades.
         scale: of the outputs; None for K**-0.5.
         boundaries: whether to return the states on the grid, to be looked up.
+        packing: where several texts lie one after another in one row; None for a text in each row. Everything but the
+            states then has one row of M tokens, and the states one for each text.
         impl: see `refine_kernels.choose`.
 
     Returns `DeltaRule`: outputs in the dtype of v, states in float32 (float64 for float64 inputs). All of it
     carries gradients to all inputs.
     """
     ops = choose(__name__, impl, q_BTGK, decay=g_BTH is not None)
-    return ops.delta_rule(q_BTGK, k_BTGK, v_BTHV, beta_BTH, state_BHKV, g_BTH=g_BTH, scale=scale, boundaries=boundaries)
+    return ops.delta_rule(
+        q_BTGK, k_BTGK, v_BTHV, beta_BTH, state_BHKV, g_BTH=g_BTH, scale=scale, boundaries=boundaries, packing=packing
+    )

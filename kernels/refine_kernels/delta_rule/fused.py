@@ -6,6 +6,8 @@ is in the dtype of the inputs, as rounded as what every token of the chunk reads
 
 Backward: a fork's gradient arrives at the start of a chunk and must join the recurrence there. `state_gradients` is
 that recurrence (what fla calls dhu) with such arrivals; all other kernels of the backward are fla's.
+
+Packed texts go through the same kernels: each text has chunks and a recurrence of its own.
 """
 
 # Triton is not everywhere, and a kernel's launch has no types.
@@ -21,6 +23,7 @@ from torch import Tensor
 from refine_kernels import fla
 from refine_kernels.delta_rule.reference import DeltaRule
 from refine_kernels.lookup import Lookup, Tap, Waiting, anchor_like
+from refine_kernels.packing import Packing
 from refine_kernels.runtime import ceiling, why_no_triton
 
 CHUNK = 64
@@ -53,6 +56,7 @@ def delta_rule(
     g_BTH: Tensor | None = None,
     scale: float | None = None,
     boundaries: bool = False,
+    packing: Packing | None = None,
 ) -> DeltaRule:
     """See `refine_kernels.delta_rule.delta_rule`."""
     scale = q_BTGK.shape[-1] ** -0.5 if scale is None else scale
@@ -61,13 +65,15 @@ def delta_rule(
     g = None if g_BTH is None else g_BTH.float().contiguous()
     state = None if state_BHKV is None else state_BHKV.float().contiguous()
     inputs = [x for x in (q, k, v, beta, g, state) if x is not None]
-    if not boundaries and q.shape[1] <= FEW and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+    longest = q.shape[1] if packing is None else packing.T
+    if not boundaries and longest <= FEW and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
         outputs, after = fla.ops("gated_delta_rule.fused_recurrent").fused_recurrent_gated_delta_rule_fwd(
-            q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state, output_final_state=True
-        )
+            q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state, output_final_state=True,
+            cu_seqlens=None if packing is None else packing.starts,
+        )  # fmt: skip
         return DeltaRule(outputs, after, None, 1)
     waiting: Waiting = []
-    outputs, after, grid, anchor = _Chunked.apply(q, k, v, beta, g, state, scale, boundaries, waiting)  # pyright: ignore[reportGeneralTypeIssues]
+    outputs, after, grid, anchor = _Chunked.apply(q, k, v, beta, g, state, scale, boundaries, packing, waiting)  # pyright: ignore[reportGeneralTypeIssues]
     if not boundaries:
         return DeltaRule(outputs, after, None, CHUNK)
     return DeltaRule(outputs, after, Tap(grid, anchor if outputs.requires_grad else None, waiting), EVERY * CHUNK)
@@ -75,44 +81,62 @@ def delta_rule(
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, g, state, scale, boundaries, waiting):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, q, k, v, beta, g, state, scale, boundaries, packing, waiting):  # pyright: ignore[reportIncompatibleMethodOverride]
+        texts = _texts(packing)
         if g is not None:
-            g = fla.ops("utils.cumsum").chunk_local_cumsum(g, chunk_size=CHUNK, scale=LOG2_E)
-        w, u, A = fla.ops("gated_delta_rule.chunk_fwd").chunk_gated_delta_rule_fwd_intra(k=k, v=v, g=g, beta=beta)
-        h, written, after = fla.ops("common.chunk_delta_h").chunk_gated_delta_rule_fwd_h(
-            k=k, w=w, u=u, g=g, initial_state=state, output_final_state=True
+            g = fla.ops("utils.cumsum").chunk_local_cumsum(g, chunk_size=CHUNK, scale=LOG2_E, **texts)
+        w, u, A = fla.ops("gated_delta_rule.chunk_fwd").chunk_gated_delta_rule_fwd_intra(
+            k=k, v=v, g=g, beta=beta, **texts
         )
-        o = fla.ops("common.chunk_o").chunk_fwd_o(q=q, k=k, v=written, h=h, g=g, scale=scale)
+        h, written, after = fla.ops("common.chunk_delta_h").chunk_gated_delta_rule_fwd_h(
+            k=k, w=w, u=u, g=g, initial_state=state, output_final_state=True, **texts
+        )
+        o = fla.ops("common.chunk_o").chunk_fwd_o(q=q, k=k, v=written, h=h, g=g, scale=scale, **texts)
         ctx.save_for_backward(q, k, v, beta, g, A, state)
-        ctx.scale, ctx.waiting = scale, waiting
+        ctx.scale, ctx.packing, ctx.waiting = scale, packing, waiting
         ctx.set_materialize_grads(False)
         if not boundaries:
             return o, after, None, None
-        grid = h[:, ::EVERY].contiguous()
+        grid = h[:, ::EVERY].contiguous() if packing is None else h.index_select(1, _kept(packing))
         ctx.mark_non_differentiable(grid)
         return o, after, grid, anchor_like(grid)
 
     @staticmethod
     def backward(ctx, do, dafter, _grid, _anchor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, beta, g, A, state = ctx.saved_tensors
-        scale = ctx.scale
+        scale, packing = ctx.scale, ctx.packing
+        texts = _texts(packing)
         do = torch.zeros_like(v) if do is None else do.contiguous()
         wy, chunk_o = fla.ops("gated_delta_rule.wy_fast"), fla.ops("common.chunk_o")
-        w, u = wy.recompute_w_u_fwd(k=k, v=v, beta=beta, A=A, g=g)
+        w, u = wy.recompute_w_u_fwd(k=k, v=v, beta=beta, A=A, g=g, **texts)
         h, written, _ = fla.ops("common.chunk_delta_h").chunk_gated_delta_rule_fwd_h(
-            k=k, w=w, u=u, g=g, initial_state=state, output_final_state=False
+            k=k, w=w, u=u, g=g, initial_state=state, output_final_state=False, **texts
         )
-        dwritten = chunk_o.chunk_bwd_dv_local(q=q, k=k, do=do, g=g, scale=scale)
+        dwritten = chunk_o.chunk_bwd_dv_local(q=q, k=k, do=do, g=g, scale=scale, **texts)
         forks = _arrivals(ctx.waiting)
-        dh, dstate, dwritten = state_gradients(q, k, w, do, dwritten, g, dafter, forks, scale, state is not None)
-        dq, dk, dw, dg = chunk_o.chunk_bwd_dqkwg(
-            q=q, k=k, v=written, w=w, g=g, h=h, dv=dwritten, do=do, dh=dh, scale=scale
+        dh, dstate, dwritten = state_gradients(
+            q, k, w, do, dwritten, g, dafter, forks, scale, state is not None, packing
         )
-        dk2, dv, dbeta, dg2 = wy.prepare_wy_repr_bwd(k=k, v=v, beta=beta, g=g, A=A, dw=dw, du=dwritten)
+        dq, dk, dw, dg = chunk_o.chunk_bwd_dqkwg(
+            q=q, k=k, v=written, w=w, g=g, h=h, dv=dwritten, do=do, dh=dh, scale=scale, **texts
+        )
+        dk2, dv, dbeta, dg2 = wy.prepare_wy_repr_bwd(k=k, v=v, beta=beta, g=g, A=A, dw=dw, du=dwritten, **texts)
         dk.add_(dk2)
         if g is not None:
-            dg = fla.ops("utils.cumsum").chunk_local_cumsum(dg.add_(dg2), chunk_size=CHUNK, reverse=True)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg, dstate, None, None, None
+            dg = fla.ops("utils.cumsum").chunk_local_cumsum(dg.add_(dg2), chunk_size=CHUNK, reverse=True, **texts)
+        inputs = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg, dstate
+        return *inputs, None, None, None, None
+
+
+def _texts(packing: Packing | None) -> dict[str, Tensor]:
+    """What fla's kernels ask for where texts are packed."""
+    return {} if packing is None else {"cu_seqlens": packing.starts, "chunk_indices": packing.pieces(CHUNK).index_N2}
+
+
+def _kept(packing: Packing) -> Tensor:
+    """Which of all chunks are on the grid: every EVERY-th of each text."""
+    text, place = packing.pieces(EVERY * CHUNK).index_N2.unbind(1)
+    return packing.pieces(CHUNK).starts[text] + EVERY * place
 
 
 def _arrivals(waiting: Waiting) -> Arrivals | None:
@@ -139,6 +163,7 @@ def state_gradients(
     forks: Arrivals | None,
     scale: float,
     wants_start: bool,
+    packing: Packing | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The gradient with respect to every state, from the last chunk to the first.
 
@@ -154,40 +179,48 @@ def state_gradients(
         forks: which states at the starts of every EVERY-th chunk were forked, counted over rows and such chunks, and
             the gradients [M, H, K, V] that they bring, all but zeros at the first of equal entries.
         wants_start: whether the gradient of the first state is asked for.
+        packing: as in `delta_rule`.
 
     Returns dS after each chunk [B, N, H, K, V] in the dtype of q, of the first state (float32) and dv'.
     """
     B, T, G, K = q_BTGK.shape
     H, V = do_BTHV.shape[2:]
-    N = ceiling(T, CHUNK)
+    N, kept = ceiling(T, CHUNK), B * ceiling(T, EVERY * CHUNK)
+    starts = chunk_starts = kept_starts = None
+    texts = B
+    if packing is not None:
+        chunks, grid = packing.pieces(CHUNK), packing.pieces(EVERY * CHUNK)
+        starts, chunk_starts, kept_starts = packing.starts, chunks.starts, grid.starts
+        texts, N, kept = len(packing.lengths), len(chunks.index_N2), len(grid.index_N2)
     dh = q_BTGK.new_empty(B, N, H, K, V)
-    dstart = torch.empty(B, H, K, V, dtype=torch.float32, device=q_BTGK.device) if wants_start else None
+    dstart = torch.empty(texts, H, K, V, dtype=torch.float32, device=q_BTGK.device) if wants_start else None
     dv2 = torch.empty_like(dv_BTHV)
     BV = min(32, max(16, triton.next_power_of_2(V)))
     entry_BN, dforks_MHKV = None, None
     if forks is not None:
         lookup, dforks_MHKV = forks
-        entry_BN = torch.full((B * ceiling(N, EVERY),), -1, dtype=torch.int64, device=q_BTGK.device)
+        entry_BN = torch.full((kept,), -1, dtype=torch.int64, device=q_BTGK.device)
         entry_BN[lookup.rows_M] = lookup.firsts_M
         dforks_MHKV = dforks_MHKV.contiguous()
     with torch.cuda.device_of(q_BTGK):
-        _state_gradients_kernel[(ceiling(V, BV), B * H)](
+        _state_gradients_kernel[(ceiling(V, BV), texts * H)](
             q_BTGK, k_BTGK, w_BTHK, do_BTHV, dv_BTHV, g_BTH,
             None if dafter_BHKV is None else dafter_BHKV.contiguous(),
-            entry_BN, dforks_MHKV, dh, dstart, dv2, scale, T,
+            entry_BN, dforks_MHKV, dh, dstart, dv2, starts, chunk_starts, kept_starts, scale, T,
             G=G, H=H, K=K, V=V, L=CHUNK, BK=max(16, triton.next_power_of_2(K)), BV=BV,
             DECAY=g_BTH is not None, AFTER=dafter_BHKV is not None, FORKS=forks is not None, EVERY=EVERY,
-            START=wants_start, num_warps=4, num_stages=2,
+            START=wants_start, PACKED=packing is not None, num_warps=4, num_stages=2,
         )  # fmt: skip
     return dh, dstart, dv2
 
 
 @triton.jit
 def _state_gradients_kernel(
-    q, k, w, do, dv, g, dafter, entries, dforks, dh, dstart, dv2, scale, T,
+    q, k, w, do, dv, g, dafter, entries, dforks, dh, dstart, dv2, starts, chunk_starts, kept_starts, scale, T,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, AFTER: tl.constexpr, FORKS: tl.constexpr, EVERY: tl.constexpr, START: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(1) // H).to(tl.int64)
     head = tl.program_id(1) % H
@@ -196,17 +229,24 @@ def _state_gradients_kernel(
     values = tl.program_id(0) * BV + tl.arange(0, BV)
     of_state = keys[:, None] * V + values[None, :]
     in_state = (keys[:, None] < K) & (values[None, :] < V)
-    N = tl.cdiv(T, L)
+    if PACKED:
+        start = tl.load(starts + row)
+        T = (tl.load(starts + row + 1) - start).to(tl.int32)
+        N = tl.cdiv(T, L)
+        chunk_start, kept_start = tl.load(chunk_starts + row), tl.load(kept_starts + row)
+    else:
+        N = tl.cdiv(T, L)
+        start, chunk_start, kept_start = row * T, row * N, row * tl.cdiv(N, EVERY)
     b_dh = tl.zeros([BK, BV], dtype=tl.float32)
     if AFTER:
         b_dh += tl.load(dafter + (row * H + head) * K * V + of_state, mask=in_state, other=0).to(tl.float32)
     for back in range(N):
         n = N - 1 - back
-        chunk = ((row * N + n) * H + head) * K * V
+        chunk = ((chunk_start + n) * H + head) * K * V
         tl.store(dh + chunk + of_state, b_dh.to(dh.dtype.element_ty), mask=in_state)
         tokens = n * L + tl.arange(0, L)
         real = tokens < T
-        at = row * T + tokens
+        at = start + tokens
         qk = (at[:, None] * G + group) * K + keys[None, :]
         in_qk = real[:, None] & (keys[None, :] < K)
         vs = (at[:, None] * H + head) * V + values[None, :]
@@ -218,7 +258,7 @@ def _state_gradients_kernel(
         b_dv = tl.dot(b_k, b_dh.to(b_k.dtype))
         if DECAY:
             b_g = tl.load(g + at * H + head, mask=real, other=0)
-            g_last = tl.load(g + (row * T + tl.minimum((n + 1) * L, T) - 1) * H + head)
+            g_last = tl.load(g + (start + tl.minimum((n + 1) * L, T) - 1) * H + head)
             b_dv *= tl.where(real, tl.exp2(g_last - b_g), 0)[:, None]
             b_dh *= tl.exp2(g_last)
             b_q = (b_q * tl.exp2(b_g)[:, None]).to(b_k.dtype)
@@ -227,7 +267,7 @@ def _state_gradients_kernel(
         b_dh += tl.dot(tl.trans(b_q), b_do) * scale
         b_dh -= tl.dot(tl.trans(b_w), b_dv.to(b_w.dtype))
         if FORKS:
-            entry = tl.load(entries + row * tl.cdiv(N, EVERY) + n // EVERY)
+            entry = tl.load(entries + kept_start + n // EVERY)
             entry = tl.where(n % EVERY == 0, entry, -1)
             fork = (tl.maximum(entry, 0) * H + head) * K * V
             b_dh += tl.load(dforks + fork + of_state, mask=in_state & (entry >= 0), other=0).to(tl.float32)

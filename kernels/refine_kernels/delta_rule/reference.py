@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refine_kernels.lookup import Tap, tapped
+from refine_kernels.packing import Packing
 
 CHUNK = 64
 
@@ -32,7 +33,8 @@ class DeltaRule(NamedTuple):
     state_BHKV: Tensor
     """After the last token."""
     boundaries: Tap | None
-    """States before each chunk [B, N, H, K, V]: after 0, stride, 2·stride, ... tokens, all before the last."""
+    """States before each chunk [B, N, H, K, V]: after 0, stride, 2·stride, ... tokens, all before the last. Of packed
+    texts [1, N, H, K, V], those of one text after another (`Packing.pieces(stride)`)."""
     stride: int
     """Tokens between two boundaries."""
 
@@ -60,13 +62,17 @@ def delta_rule(
     g_BTH: Tensor | None = None,
     scale: float | None = None,
     boundaries: bool = False,
+    packing: Packing | None = None,
 ) -> DeltaRule:
-    """See `refine_kernels.delta_rule.delta_rule`."""
+    """See `refine_kernels.delta_rule.delta_rule`. Packed texts are computed as padded rows."""
+    if packing is not None:  # with beta = g = 0 where there is no token, which changes nothing
+        q_BTGK, k_BTGK, v_BTHV, beta_BTH = (packing.spread(x) for x in (q_BTGK, k_BTGK, v_BTHV, beta_BTH))
+        g_BTH = None if g_BTH is None else packing.spread(g_BTH)
     B, T, H, V = v_BTHV.shape
     K = k_BTGK.shape[-1]
     wide = torch.float64 if q_BTGK.dtype == torch.float64 else torch.float32
     q_BTHK, k_BTHK = _each_head(q_BTGK, H), _each_head(k_BTGK, H)
-    if T == 1 and not boundaries:
+    if T == 1 and not boundaries and packing is None:
         return _one_token(q_BTHK, k_BTHK, v_BTHV, beta_BTH, state_BHKV, g_BTH, scale)
     scaled = K**-0.5 if scale is None else scale
     L = min(CHUNK, T)
@@ -103,10 +109,14 @@ def delta_rule(
             written.append(u_n)
             S = torch.baddbmm(S if through_n is None else S * through_n, k_n.transpose(-1, -2), u_n)
 
-        o = scaled * (q @ torch.stack(before, 1) + torch.tril(inside) @ torch.stack(written, 1))
+        states = torch.stack(before, 1)
+        o = scaled * (q @ states + torch.tril(inside) @ torch.stack(written, 1))
         o_BTHV = o.view(B, H, N * L, V).transpose(1, 2)[:, :T].to(v_BTHV.dtype)
-        grid = tapped(torch.stack(before, 1).view(B, H, N, K, V).transpose(1, 2))[1] if boundaries else None
-    return DeltaRule(o_BTHV, S.view(B, H, K, V), grid, L)
+        grid_BNHKV = states.view(B, H, N, K, V).transpose(1, 2)
+        if packing is not None:
+            text, chunk = packing.pieces(L).index_N2.unbind(1)
+            o_BTHV, grid_BNHKV = packing.pack(o_BTHV), grid_BNHKV[text, chunk][None]
+    return DeltaRule(o_BTHV, S.view(B, H, K, V), tapped(grid_BNHKV)[1] if boundaries else None, L)
 
 
 def _decay(g: Tensor) -> _Decay:

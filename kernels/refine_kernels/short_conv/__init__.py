@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from refine_kernels.choose import Impl, choose
+from refine_kernels.packing import Packing
 
 __all__ = ["last_inputs", "short_conv"]
 
@@ -17,6 +18,7 @@ def short_conv(
     bias_D: Tensor | None = None,
     silu: bool = True,
     unit_heads: int | None = None,
+    packing: Packing | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """silu(bias + sum_j weight[:, j] · x[t - W + 1 + j]), causal, one filter per channel; [B, T, D] in the dtype of x.
@@ -28,18 +30,28 @@ def short_conv(
         silu: whether the activation is applied.
         unit_heads: split the channels into so many heads and give each Euclidean norm 1, as fla's `l2norm` does:
             y / sqrt(sum(y²) + 1e-6); None leaves them as they are.
+        packing: where several texts lie one after another in the one row of x; None for a text in each row. There is
+            then one row of `before` for each text.
         impl: see `refine_kernels.choose`.
     """
     ops = choose(__name__, impl, x_BTD)
-    return ops.short_conv(x_BTD, weight_DW, before_BPD, bias_D=bias_D, silu=silu, unit_heads=unit_heads)
+    return ops.short_conv(
+        x_BTD, weight_DW, before_BPD, bias_D=bias_D, silu=silu, unit_heads=unit_heads, packing=packing
+    )
 
 
-def last_inputs(x_BTD: Tensor, before_BPD: Tensor | None, positions_BC: Tensor | None, taps: int) -> Tensor:
+def last_inputs(
+    x_BTD: Tensor,
+    before_BPD: Tensor | None,
+    positions_BC: Tensor | None,
+    taps: int,
+    packing: Packing | None = None,
+) -> Tensor:
     """The state of the convolution after token positions_BC[b, c]: the W - 1 inputs up to it, [B·C, W - 1, D].
 
-    Positions run from -1 (the state before the first token) to T - 1; None is T - 1 for every row. In memory of its
-    own. Differentiable.
+    Positions run from -1 (the state before the first token) to the last; None is the last of every row. In memory of
+    its own. Differentiable. packing: as in `short_conv`; positions are then those in each text.
     """
     from refine_kernels.short_conv.reference import last_inputs
 
-    return last_inputs(x_BTD, before_BPD, positions_BC, taps)
+    return last_inputs(x_BTD, before_BPD, positions_BC, taps, packing)

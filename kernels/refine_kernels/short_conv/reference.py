@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refine_kernels.packing import Packing
+
 
 def short_conv(
     x_BTD: Tensor,
@@ -15,8 +17,13 @@ def short_conv(
     bias_D: Tensor | None = None,
     silu: bool = True,
     unit_heads: int | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
-    """See `refine_kernels.short_conv.short_conv`."""
+    """See `refine_kernels.short_conv.short_conv`. Packed texts are computed as padded rows."""
+    if packing is not None:
+        rows_BTD = packing.spread(x_BTD)
+        y_BTD = short_conv(rows_BTD, weight_DW, before_BPD, bias_D=bias_D, silu=silu, unit_heads=unit_heads)
+        return packing.pack(y_BTD)
     B, T, D = x_BTD.shape
     W = weight_DW.shape[1]
     if before_BPD is None:
@@ -37,9 +44,17 @@ def short_conv(
     return y_BTD.to(x_BTD.dtype)
 
 
-def last_inputs(x_BTD: Tensor, before_BPD: Tensor | None, positions_BC: Tensor | None, taps: int) -> Tensor:
+def last_inputs(
+    x_BTD: Tensor,
+    before_BPD: Tensor | None,
+    positions_BC: Tensor | None,
+    taps: int,
+    packing: Packing | None = None,
+) -> Tensor:
     """See `refine_kernels.short_conv.last_inputs`."""
     P = taps - 1
+    if positions_BC is None and packing is not None:
+        positions_BC = packing.lengths_B[:, None] - 1
     if positions_BC is None:
         B, T, D = x_BTD.shape
         if T >= P:
@@ -47,8 +62,11 @@ def last_inputs(x_BTD: Tensor, before_BPD: Tensor | None, positions_BC: Tensor |
         earlier_BPD = x_BTD.new_zeros(B, P, D) if before_BPD is None else before_BPD.to(x_BTD.dtype)
         return torch.cat((earlier_BPD[:, T:], x_BTD), 1)
     at_BCP = positions_BC[..., None] + torch.arange(1 - P, 1, device=positions_BC.device)
-    rows_B11 = torch.arange(x_BTD.shape[0], device=x_BTD.device)[:, None, None]
-    here = x_BTD[rows_B11, at_BCP.clamp(min=0)]
+    rows_B11 = torch.arange(len(positions_BC), device=x_BTD.device)[:, None, None]
+    if packing is None:
+        here = x_BTD[rows_B11, at_BCP.clamp(min=0)]
+    else:
+        here = x_BTD[0, packing.starts[:-1, None, None] + at_BCP.clamp(min=0)]
     if before_BPD is None:
         earlier = here.new_zeros(())
     else:
