@@ -134,6 +134,7 @@ def memory(folder: Path, asked: Any) -> list[Row]:
         settings = {"until": [], "max_gen_toks": asked.answer or 8, "do_sample": False}
         lm = RefineLM(folder, device=DEVICE, dtype=str(DTYPE).removeprefix("torch."), batch_size=asked.ours[0])
         requests = [generation(doc["prompt"], settings, i) for i, doc in enumerate(docs)]
+        lm.generate_until(requests[:1], disable_tqdm=True)  # compiles kernels
         settle()
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
