@@ -6,6 +6,7 @@ runs. Nothing here knows of models, training or evaluation.
 """
 
 from refine_kernels.delta_rule import DeltaRule, delta_rule
+from refine_kernels.fork_attention import fork_attention
 from refine_kernels.lact import LaCT, lact
 from refine_kernels.linear_head import Known, linear_head
 from refine_kernels.lookup import Lookup, Tap, tapped
@@ -30,6 +31,7 @@ __all__ = [
     "add_normed_heads",
     "add_rms_norm",
     "delta_rule",
+    "fork_attention",
     "gated_rms_norm",
     "lact",
     "last_inputs",

@@ -32,6 +32,7 @@ else:
         Packing,
         add_normed_heads,
         add_rms_norm,
+        fork_attention,
         gated_rms_norm,
         linear_head,
         rms_norm,
@@ -320,6 +321,19 @@ else:
 
         x = draw(B, H, T, K, dtype=dtype) if by_head else draw(B, T, H, K, dtype=dtype)
         compare(op, [draw(B, T, H * K, dtype=dtype), x, draw(K, dtype=dtype), *gate])
+
+    @dtypes
+    @pytest.mark.parametrize(("N", "K", "window"), [(1, 5, 70), (3, 7, 12), (20, 4, 1), (2, 1, 1000)])
+    def test_fork_attention(dtype, N, K, window):
+        positions = torch.tensor([[-1, 0, 63, 130], [64, 64, 129, 100]], device=DEVICE)
+        H, D, T = 2, 20, 131
+        own = [draw(8, N * K, H, D, dtype=dtype, seed=i) for i in range(3)]
+        text = [draw(2, T, H, D, dtype=dtype, seed=i) for i in range(2)]
+        compare(lambda *x, **o: fork_attention(*x, positions, **o), [*own, *text], length=K, window=window)
+        with torch.no_grad():
+            text[0][1, 130:], text[1][1, 130:] = torch.nan, torch.nan
+            got = fork_attention(*own, *text, positions, length=K, window=window, impl="fused")
+        assert got.isfinite().all()
 
     BARE = {"momentum": False}
     LACT = {
