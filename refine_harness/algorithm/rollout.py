@@ -1,4 +1,4 @@
-"""How to continue: k tokens sampled from each forked state, all forks as one batch (PAPER: step 3).
+"""How to continue: k tokens sampled from each fork, all forks as one batch (PAPER: step 3).
 
 Sampling is by inverse transform from uniform numbers that are drawn beforehand, so that the tokens depend neither on
 the device nor on which documents share a batch.
@@ -14,29 +14,28 @@ from torch import Tensor
 
 from refine_harness.config import Algorithm
 from refine_harness.models.base import FastWeightLM
-from refine_harness.models.decode import Decoder
-from refine_harness.models.state import State
+from refine_harness.models.branches import Branches
 
 
 @torch.no_grad()
 def continue_from(
-    model: FastWeightLM, states: State, hidden_RD: Tensor, uniforms_RK: Tensor, algorithm: Algorithm
+    model: FastWeightLM, branches: Branches, hidden_RD: Tensor, uniforms_RK: Tensor, algorithm: Algorithm
 ) -> tuple[Tensor, Tensor]:
-    """Sample K tokens from each of R states.
+    """Sample K tokens for each of R branches.
 
     Args:
-        states: R forks.
-        hidden_RD: the final hidden state at each fork, from which the first token is sampled.
+        branches: of the model's reading.
+        hidden_RD: the final hidden state where each branch starts, from which the first token is sampled.
         uniforms_RK: in [0, 1), one per token to sample.
 
     Returns the tokens, int64 [R, K], and their log-probabilities, float32 or wider, [R, K].
     """
-    decoder = Decoder(model, states)
+    read_next = branches.sampler()
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
     for uniforms_R in uniforms_RK.unbind(1):
         if tokens:
-            hidden_RD = decoder.step(tokens[-1])
+            hidden_RD = read_next(tokens[-1])
         scaled_RV = _wide(model.logits(hidden_RD)) / algorithm.temperature
         allowed_RV = scaled_RV
         if algorithm.suppress_end and model.config.eos_token_id is not None:

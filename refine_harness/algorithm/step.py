@@ -25,7 +25,7 @@ from refine_harness.algorithm.reward import PARTS, rewards_of
 from refine_harness.algorithm.rollout import continue_from
 from refine_harness.config import Algorithm
 from refine_harness.models.base import FastWeightLM, Reading
-from refine_harness.models.state import State
+from refine_harness.models.branches import Branches, branch
 from refine_harness.types import Batch, Losses, Rollouts, upload
 
 
@@ -85,12 +85,12 @@ def refine_step(
         return Losses(ntp, batch.labels, torch.zeros_like(ntp), 0, told)
 
     if experience is None:
-        rollouts, states = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
+        rollouts, branches = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
     else:
         rollouts = experience.rollouts
-        states = reading.states_at(rollouts.positions_BC, once=True).repeat(rollouts.tokens_BCNK.shape[2])
+        branches = branch_for(reading, rollouts)
     mark("sampling")
-    logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, rollouts, states, algorithm)
+    logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, rollouts, branches, algorithm)
     if experience is None:
         experience = judge(batch, reading, rollouts, logprobs_BCNK, hidden_BCNKD, algorithm, reference)
 
@@ -128,8 +128,8 @@ def collect(
     """The front half of a step without gradients: rollouts for several optimizer steps to learn from."""
     reading = model.read(batch.tokens_BT, lengths=batch.padded_B)
     entropy_BT = next_token(model, reading, batch)[1]
-    rollouts, states = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
-    logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, rollouts, states, algorithm)
+    rollouts, branches = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
+    logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, rollouts, branches, algorithm)
     return judge(batch, reading, rollouts, logprobs_BCNK, hidden_BCNKD, algorithm, reference)
 
 
@@ -165,19 +165,25 @@ def sample_rollouts(
     batch: Batch,
     algorithm: Algorithm,
     rng: Sequence[torch.Generator],
-) -> tuple[Rollouts, State]:
-    """Rollouts, with the log-probabilities of their decoding, and the attached states they start from (R rows)."""
+) -> tuple[Rollouts, Branches]:
+    """Rollouts, with the log-probabilities of their decoding, and the branches of the reading that they are."""
     C, N, K = algorithm.chunks, algorithm.rollouts, algorithm.rollout_length
     positions_BC = pick_positions(entropy_BT, batch.lengths, chunks=C, length=K, rule=algorithm.positions, rng=rng)
     uniforms_RK = upload(draw_uniforms(rng, C * N * K).view(-1, K), entropy_BT.device)
-    states = reading.states_at(positions_BC, once=True).repeat(N)
+    branches = branch(reading, positions_BC, rollouts=N, length=K)
     hidden_RD = reading.at(positions_BC).flatten(0, 1).repeat_interleave(N, 0)
-    tokens_RK, sampled_RK = continue_from(model, states.detach(), hidden_RD.detach(), uniforms_RK, algorithm)
-    return Rollouts(positions_BC, tokens_RK.view(-1, C, N, K), sampled_RK.view(-1, C, N, K)), states
+    tokens_RK, sampled_RK = continue_from(model, branches, hidden_RD.detach(), uniforms_RK, algorithm)
+    return Rollouts(positions_BC, tokens_RK.view(-1, C, N, K), sampled_RK.view(-1, C, N, K)), branches
+
+
+def branch_for(reading: Reading, rollouts: Rollouts) -> Branches:
+    """The branches that rollouts sampled earlier are of this reading."""
+    N, K = rollouts.tokens_BCNK.shape[2:]
+    return branch(reading, rollouts.positions_BC, rollouts=N, length=K)
 
 
 def read_rollouts(
-    model: FastWeightLM, reading: Reading, rollouts: Rollouts, states: State, algorithm: Algorithm
+    model: FastWeightLM, reading: Reading, rollouts: Rollouts, branches: Branches, algorithm: Algorithm
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [B, C, N, K] at the sampling temperature and hidden states [B, C, N, K, D], attached.
 
@@ -186,7 +192,7 @@ def read_rollouts(
     positions_BC, tokens_BCNK = rollouts.positions_BC, rollouts.tokens_BCNK
     tokens_RK = tokens_BCNK.flatten(0, 2)
     first_RD = reading.at(positions_BC).flatten(0, 1).repeat_interleave(tokens_BCNK.shape[2], 0)
-    hidden_RKD = model.continued(tokens_RK, states)
+    hidden_RKD = branches.hidden(tokens_RK)
     before_RKD = torch.cat((first_RD[:, None], hidden_RKD[:, :-1]), 1)
     logprobs_M, _, _ = model.label_logprobs(before_RKD.flatten(0, 1) / algorithm.temperature, tokens_RK.flatten())
     return logprobs_M.view(tokens_BCNK.shape), hidden_RKD.view(*tokens_BCNK.shape, -1)
@@ -233,8 +239,7 @@ def reference_logprobs(
     if reference is None:
         raise ValueError("kl_weight is above 0, so the step needs the reference model")
     reading = reference.read(batch.tokens_BT, lengths=batch.padded_B)
-    states = reading.states_at(rollouts.positions_BC, once=True).repeat(rollouts.tokens_BCNK.shape[2])
-    return read_rollouts(reference, reading, rollouts, states, algorithm)[0]
+    return read_rollouts(reference, reading, rollouts, branch_for(reading, rollouts), algorithm)[0]
 
 
 # What a step says of itself: scalars that stay on the device until `Losses.facts` fetches all of them at once.

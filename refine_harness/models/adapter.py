@@ -109,9 +109,9 @@ class AdaptedReading(Reading):
     """A reading whose model forks it."""
 
     def states_at(self, positions_BC: Tensor, *, once: bool = False) -> State:
-        if self._tapes is None:
+        if self.tapes is None:
             return super().states_at(positions_BC)  # which says what is missing
-        return cast(AdaptedLM, self._model).fork(self._tapes[0], positions_BC)
+        return cast(AdaptedLM, self.model).fork(self.tapes[0], positions_BC)
 
 
 class AdaptedLM(FastWeightLM):

@@ -90,6 +90,16 @@ class FastWeightLayer(nn.Module):
         """The state after token positions_BC[b, c] of row b, for B·C rows in row-major order; differentiable."""
         raise NotImplementedError
 
+    def branch(self, tape: Tape, positions_BC: Tensor) -> Branch:
+        """Reading a few tokens after those positions from the tape; of layers whose model `reads_branches`."""
+        raise NotImplementedError
+
+
+Branch = Callable[[Tensor, Rows], Tensor]
+"""Hidden states [R, K, D] of tokens read after F positions, and where they stand -> the layer's outputs.
+
+R = F·N, every position's N rows side by side. Differentiable."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -99,9 +109,11 @@ class Reading:
     """[B, T, D], after the final norm. What stands for padding has no meaning."""
     state: State
     """After each row's last real token."""
-    _model: FastWeightLM
-    _tapes: tuple[Tape, ...] | None
-    _seen_B: Tensor
+    model: FastWeightLM
+    tapes: tuple[Tape, ...] | None
+    """Of each layer; None where the reading cannot be forked."""
+    seen_B: Tensor
+    """int64, tokens that each text had before this pass."""
 
     def states_at(self, positions_BC: Tensor, *, once: bool = False) -> State:
         """The state after `tokens[b, : p + 1]` for every p in row b of positions; B·C rows, row-major.
@@ -112,10 +124,10 @@ class Reading:
         Exact, and differentiable: what is learned from a fork flows into the reading as if the prefix had been read
         again. Raises RuntimeError when the reading was made with forkable=False.
         """
-        if self._tapes is None:
+        if self.tapes is None:
             raise RuntimeError("this reading kept no tape: call read(..., forkable=True) to fork it")
-        forks = self._model.fork_layers(self._tapes, positions_BC, once=once)
-        return State(forks, (self._seen_B[:, None] + positions_BC + 1).reshape(-1))
+        forks = self.model.fork_layers(self.tapes, positions_BC, once=once)
+        return State(forks, (self.seen_B[:, None] + positions_BC + 1).reshape(-1))
 
     def at(self, positions_BC: Tensor) -> Tensor:
         """Hidden states at those positions, [B, C, D]."""
@@ -231,6 +243,13 @@ class FastWeightLM(PreTrainedModel):
     def fork_layers(self, tapes: Sequence[Tape], positions_BC: Tensor, *, once: bool) -> tuple[dict[str, Tensor], ...]:
         """Every layer's state at the positions; see `Reading.states_at`."""
         return tuple(layer.fork(tape, positions_BC) for layer, tape in zip(self.layers, tapes, strict=True))
+
+    def reads_branches(self, tapes: Sequence[Tape], positions_BC: Tensor, length: int) -> list[bool] | None:
+        """After which of the positions, row-major, layers can read `length` tokens from the tape, without a state.
+
+        None: after none, ever. See `refine_harness.models.branches`.
+        """
+        return None
 
     def continued(self, tokens_RK: Tensor, states: State) -> Tensor:
         """Hidden states [R, K, D] of tokens read from states and read no further: on a GPU without time for launches.

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from refine_kernels import SharedQKV, add_normed_heads, last_inputs, shared_qkv, window_attention
+from refine_kernels import SharedQKV, add_normed_heads, fork_attention, last_inputs, shared_qkv, window_attention
 from refine_kernels.lact import Chunk, FastWeights, LaCT, Place, Weights, lact, row_norms
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from refine_harness.errors import ModelError
-from refine_harness.models.base import FastWeightLayer, Rows, Tape
+from refine_harness.models.base import Branch, FastWeightLayer, Rows, Tape
 from refine_harness.models.modules import Block, CausalLM, RMSNorm, turns
 
 HEAD_NORM_EPS = 1e-5
@@ -248,6 +248,31 @@ class LaCTMixer(FastWeightLayer):
         read: LaCT = tape["read"]
         return {**_as_tensors(*read.state_at(positions_BC)), **self._window_at(tape, tape["before"], positions_BC)}
 
+    def branch(self, tape: Tape, positions_BC: Tensor) -> Branch:
+        """Only each position's fast weights are copied; its rows share them, and the window stays where it is."""
+        F, config = positions_BC.numel(), self.config
+        read_fast_weights = tape["read"].reader_at(positions_BC)
+        keys_BTAI, values_BTAI = (
+            tape[name].unflatten(-1, (config.num_attn_heads, -1)) for name in ("window_keys", "window_values")
+        )
+
+        def read(x_RKD: Tensor, rows: Rows) -> Tensor:
+            def by_fork(x_RKX: Tensor) -> Tensor:
+                return x_RKX.reshape(F, -1, *x_RKX.shape[2:])
+
+            q_RKAI, k_RKAI, v_RKD, fast_q_RKHE = self._projected(x_RKD, rows)[:4]
+            attended_FQAI = fork_attention(
+                by_fork(q_RKAI), by_fork(k_RKAI), by_fork(v_RKD.view_as(k_RKAI)), keys_BTAI, values_BTAI, positions_BC,
+                length=rows.T, window=config.window_size,
+            )  # fmt: skip
+            read_FQHE = read_fast_weights(by_fork(fast_q_RKHE))
+            gate_FQH = by_fork(self.ttt_scale_proj(x_RKD)) if config.learnable_ttt_scale else None
+            norm = self.ttt_norm
+            y_FQD = add_normed_heads(attended_FQAI.flatten(2), read_FQHE, norm.weight, gate_FQH, norm.eps)
+            return self.o_proj(y_FQD.view_as(x_RKD))
+
+        return read
+
     def _projected(self, x_BTD: Tensor, rows: Rows) -> SharedQKV:
         """Queries, keys and values for attention and for the fast weights, in rows."""
         config = self.config
@@ -384,6 +409,13 @@ class LaCTForCausalLM(CausalLM):
 
     def make_block(self, config: LaCTSWIGLUConfig, index: int) -> FastWeightLayer:
         return Block(config, LaCTMixer(config))
+
+    def reads_branches(self, tapes: Sequence[Tape], positions_BC: Tensor, length: int) -> list[bool] | None:
+        """Within a chunk that goes on, of texts that begin with the reading."""
+        tape = tapes[0]  # chunks end at the same places in every layer
+        if tape["before"] is not None:
+            return None
+        return tape["read"].chunk_goes_on(positions_BC, length).flatten().tolist()
 
     def ordinary_step(self, seen: Sequence[int]) -> bool:
         return all(n == 0 or n % self.config.lact_chunk_size for n in seen)

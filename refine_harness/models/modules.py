@@ -14,7 +14,7 @@ from refine_kernels.rotary import turns as angles
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from refine_harness.models.base import FastWeightLayer, FastWeightLM, Rows, Tape
+from refine_harness.models.base import Branch, FastWeightLayer, FastWeightLM, Rows, Tape
 
 
 class RMSNorm(nn.Module):
@@ -102,11 +102,18 @@ class Block(FastWeightLayer):
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
         y_BTD, after, tape = self.attn(self.attn_norm(x_BTD), state, rows, forkable)
+        return self._with_mlp(y_BTD, x_BTD), after, tape
+
+    def _with_mlp(self, y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
         y_BTD, x_BTD = self.mlp_norm(y_BTD, x_BTD)
-        return x_BTD + self.mlp(y_BTD), after, tape
+        return x_BTD + self.mlp(y_BTD)
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         return self.attn.fork(tape, positions_BC)
+
+    def branch(self, tape: Tape, positions_BC: Tensor) -> Branch:
+        mixed = self.attn.branch(tape, positions_BC)
+        return lambda x_RKD, rows: self._with_mlp(mixed(self.attn_norm(x_RKD), rows), x_RKD)
 
 
 class Backbone(nn.Module):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from refine_kernels.testing import assert_close
 
-from refine_harness.algorithm import collect, refine_step, rollout
+from refine_harness.algorithm import collect, refine_step
 from refine_harness.algorithm.rereading import refine_step_by_rereading
 from refine_harness.algorithm.step import next_token
 from refine_harness.config import Algorithm
 from refine_harness.errors import DataError
-from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM
+from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM, branches
 from refine_harness.types import Batch
 
 
@@ -186,7 +186,7 @@ def test_a_step_says_what_it_did(model, batch):
 
 
 def test_the_sampling_gap_shows_a_decoder_that_went_astray(model, batch, monkeypatch):
-    monkeypatch.setattr(rollout.Decoder, "step", lambda self, tokens_R: torch.zeros(len(tokens_R), 16).double())
+    monkeypatch.setattr(branches.Decoder, "step", lambda self, tokens_R: torch.zeros(len(tokens_R), 16).double())
     assert refine_step(model, batch, Algorithm(), rng()).facts["sampling_gap"] > 0.1
 
 

@@ -28,7 +28,7 @@ def fork_attention(
     No window is copied, and its gradients are added up per token of the text, in a fixed order.
 
     Args:
-        q_FQHD, k_FQHD, v_FQHD: of the continuations, any float dtype; the softmax runs in float32 (float64 for float64).
+        q_FQHD, k_FQHD, v_FQHD: of the continuations, any float dtype; the softmax runs in float32 or wider.
         keys_BTHD, values_BTHD: of the texts, which begin at token 0. Tokens after a row's last position are not looked
             at, and may be anything.
         positions_BC: int64, from -1 (before the text) to T - 1.

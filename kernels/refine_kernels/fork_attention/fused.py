@@ -54,7 +54,7 @@ class _ForkAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, keys, values, positions, length, window):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, keys, values = (x.contiguous() for x in (q, k, v, keys, values))
         F, Q, H, D = q.shape
-        (B, T), C = keys.shape[:2], positions.shape[1]
+        T, C = keys.shape[1], positions.shape[1]
         most = min(QUERIES, max(16, triton.next_power_of_2(Q)))
         together = most // length * length
         ctx.grid = (ceiling(Q, together), H, F)
@@ -72,7 +72,7 @@ class _ForkAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, keys, values, positions, o, lse = ctx.saved_tensors
-        (F, Q, H, D), (B, T), C = q.shape, keys.shape[:2], positions.shape[1]
+        (_, Q, H, D), (B, T), C = q.shape, keys.shape[:2], positions.shape[1]
         do = do.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dkeys, dvalues = torch.empty_like(keys), torch.empty_like(values)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,33 @@ class Place:
     lengths: Sequence[int]
 
 
+class Boundaries(Protocol):
+    """The weights of B rows before and after every update of a piece."""
+
+    def after(self, updates_BC: Tensor) -> FastWeights:
+        """Of row b after updates_BC[b, c] updates, for B·C rows; differentiable, in memory of their own."""
+        ...
+
+    def reader(self, updates_BC: Tensor) -> Callable[[Tensor], Tensor]:
+        """f of those weights: queries [B·C, Q, H, K] -> [B·C, Q, H, V]."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Boundaries as they came."""
+
+    weights: Sequence[FastWeights]
+    apply: Callable[..., Tensor]
+
+    def after(self, updates_BC: Tensor) -> FastWeights:
+        return map_weights(partial(_chosen, updates_BC), *self.weights)
+
+    def reader(self, updates_BC: Tensor) -> Callable[[Tensor], Tensor]:
+        w0, w1, w2 = (_chosen(updates_BC, *each) for each in zip(*(f.weights for f in self.weights), strict=True))
+        return partial(self.apply, (w0, w1, w2))
+
+
 @dataclass(frozen=True)
 class LaCT:
     """What reading a piece of text gives."""
@@ -40,11 +68,13 @@ class LaCT:
     """After each row's last real token."""
     unfinished: Chunk
     """The tokens since the last update."""
-    after: Callable[[Tensor], FastWeights] | None
-    """updates_BC -> the weights of row b after updates_BC[b, c] of the updates that this piece made, for B·C rows."""
+    boundaries: Boundaries | None
+    """The weights after each of the updates that this piece made."""
     _tokens: Chunk
     _before: Chunk | None
     _held_B: Tensor
+    _end_B: Tensor
+    """Tokens that were held before and those of the piece."""
     _L: int
 
     def state_at(self, positions_BC: Tensor) -> tuple[FastWeights, Chunk]:
@@ -53,10 +83,31 @@ class LaCT:
         Nothing is computed again: the weights are those that the updates so far left, and the tokens since are
         looked up. Differentiable. Needs a reading with `boundaries`.
         """
-        assert self.after is not None
+        assert self.boundaries is not None
         updates_BC = _updates(self._held_B[:, None] + positions_BC + 1, self._L)
         unfinished = _unfinished(self._before, self._tokens, self._held_B, positions_BC, self._L)
-        return self.after(updates_BC), unfinished
+        return self.boundaries.after(updates_BC), unfinished
+
+    def reader_at(self, positions_BC: Tensor) -> Callable[[Tensor], Tensor]:
+        """How queries [F, Q, H, K] of tokens read after those positions, F = B·C, are read: outputs [F, Q, H, V].
+
+        As long as the next tokens are of the chunk that the first of them is in, and this piece made the updates
+        before it (`chunk_goes_on`). Differentiable. Needs a reading with `boundaries`.
+        """
+        assert self.boundaries is not None
+        read = self.boundaries.reader((self._held_B[:, None] + positions_BC + 1) // self._L)
+
+        def reader(q_FQHK: Tensor) -> Tensor:
+            with torch.autocast(q_FQHK.device.type, enabled=False):
+                return read(q_FQHK)
+
+        return reader
+
+    def chunk_goes_on(self, positions_BC: Tensor, length: int) -> Tensor:
+        """bool [B, C]: whether the next `length` tokens after each position are read with weights that are there."""
+        first_BC = self._held_B[:, None] + positions_BC + 1
+        made_BC = first_BC // self._L
+        return (made_BC == (first_BC + length - 1) // self._L) & (made_BC <= _updates(self._end_B, self._L)[:, None])
 
 
 def read(
@@ -83,11 +134,11 @@ def read(
             if min(ends) < max(ends) and place.lengths_B is not None:
                 steps_U1 = torch.arange(max(ends), device=held_B.device)[:, None]
                 active_UB = steps_U1 < _updates(place.lengths_B, L)
-            outputs_BTHV, fast, after = ops.sweep(
+            outputs_BTHV, fast, between = ops.sweep(
                 q_BTHK, tokens, fast, L=L, updates=max(ends), active_UB=active_UB, muon=muon
             )
         else:
-            outputs_BTHV, fast, after = _one_by_one(
+            outputs_BTHV, fast, between = _one_by_one(
                 ops, q_BTHK, tokens, fast, unfinished, place, held, held_B, ends, L,
                 muon=muon, joint=joint, boundaries=boundaries,
             )  # fmt: skip
@@ -98,7 +149,8 @@ def read(
     else:
         last_B = torch.full_like(held_B, T - 1) if place.lengths_B is None else place.lengths_B - 1
         rest = _unfinished(unfinished, tokens, held_B, last_B[:, None], L)
-    return LaCT(outputs_BTHV, fast, rest, after if boundaries else None, tokens, unfinished, held_B, L)
+    end_B = held_B + (T if place.lengths_B is None else place.lengths_B)
+    return LaCT(outputs_BTHV, fast, rest, between if boundaries else None, tokens, unfinished, held_B, end_B, L)
 
 
 def _one_by_one(
@@ -116,8 +168,8 @@ def _one_by_one(
     muon: bool,
     joint: bool,
     boundaries: bool,
-) -> tuple[Tensor, FastWeights, Callable[[Tensor], FastWeights]]:
-    """Outputs, the weights at the end, and `LaCT.after`, chunk by chunk, wherever the rows stand."""
+) -> tuple[Tensor, FastWeights, Boundaries]:
+    """Outputs, the weights at the end, and `LaCT.boundaries`, chunk by chunk, wherever the rows stand."""
     T = q_BTHK.shape[1]
     weights, pieces = [fast], []
     for g in range(max(ends) + 1):
@@ -134,7 +186,7 @@ def _one_by_one(
         fast = after
         if boundaries:
             weights.append(fast)
-    return _together(pieces, held, held_B, T, L), fast, partial(_chosen, weights)
+    return _together(pieces, held, held_B, T, L), fast, _Listed(weights, ops.apply)
 
 
 def _host_updates(tokens: int, L: int) -> int:
@@ -208,14 +260,10 @@ def _where(mask_B: Tensor, new: FastWeights, old: FastWeights) -> FastWeights:
     return map_weights(lambda x, y: torch.where(_like(mask_B, x), x, y), new, old)
 
 
-def _chosen(boundaries: Sequence[FastWeights], updates_BC: Tensor) -> FastWeights:
-    """The weights of row b after updates_BC[b, c] updates, for B·C rows."""
+def _chosen(updates_BC: Tensor, *boundaries: Tensor) -> Tensor:
+    """That of row b after updates_BC[b, c] updates, for B·C rows."""
     rows_B1 = torch.arange(updates_BC.shape[0], device=updates_BC.device)[:, None]
-
-    def choose(*tensors: Tensor) -> Tensor:
-        return torch.stack(tensors)[updates_BC, rows_B1].flatten(0, 1)
-
-    return map_weights(choose, *boundaries)
+    return torch.stack(boundaries)[updates_BC, rows_B1].flatten(0, 1)
 
 
 def _like(mask: Tensor, x: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ Newton-Schulz's step is y = a x + P x, P = b S + c S S, S = x xᵀ. Its backward
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,11 +63,11 @@ def sweep(
 ) -> tuple[Tensor, FastWeights, Any]:
     """All chunks of texts that begin here: outputs, the weights at the end, and those after any number of updates.
 
-    active_UB: which rows make each update; None for all. The last result is a function of updates_BC.
+    active_UB: which rows make each update; None for all. The last result is `chunks.Boundaries`.
     """
     stacks = _updates(fast, tokens, L=L, updates=updates, active_UB=active_UB, muon=muon)
     outputs_BTHV: Any = _Read.apply(q_BTHK, stacks[0], stacks[1], L)
-    return outputs_BTHV, _fast_weights(stacks, fast, -1), partial(_after, stacks, fast)
+    return outputs_BTHV, _fast_weights(stacks, fast, -1), _Boundaries(stacks, fast)
 
 
 Stacks = tuple[Tensor, Tensor, Tensor | None]
@@ -110,21 +110,32 @@ def _fast_weights(stacks: Stacks, fast: FastWeights, n: int) -> FastWeights:
     return FastWeights(_unpacked(weights[:, :, n]), None, momentum, fast.norms)
 
 
-def _after(stacks: Stacks, fast: FastWeights, updates_BC: Tensor) -> FastWeights:
-    """The weights of row b after updates_BC[b, c] updates, for B·C rows."""
-    weights, _, momenta = stacks
-    B, C = updates_BC.shape
-    rows_B1 = torch.arange(B, device=updates_BC.device)[:, None]
+@dataclass(frozen=True)
+class _Boundaries:
+    """See `chunks.Boundaries`."""
 
-    def chosen(stack: Tensor) -> Weights:
-        return _unpacked(stack[rows_B1, :, updates_BC].flatten(0, 1))
+    stacks: Stacks
+    fast: FastWeights
 
-    def repeated(weights: Weights) -> Weights:
-        w0, w1, w2 = (w.repeat_interleave(C, 0) for w in weights)
-        return w0, w1, w2
+    def after(self, updates_BC: Tensor) -> FastWeights:
+        (weights, _, momenta), fast = self.stacks, self.fast
+        B, C = updates_BC.shape
+        rows_B1 = torch.arange(B, device=updates_BC.device)[:, None]
 
-    momentum = fast.momentum and (repeated(fast.momentum) if momenta is None else chosen(momenta))
-    return FastWeights(chosen(weights), None, momentum, repeated(fast.norms))
+        def chosen(stack: Tensor) -> Weights:
+            return _unpacked(stack[rows_B1, :, updates_BC].flatten(0, 1))
+
+        def repeated(weights: Weights) -> Weights:
+            w0, w1, w2 = (w.repeat_interleave(C, 0) for w in weights)
+            return w0, w1, w2
+
+        momentum = fast.momentum and (repeated(fast.momentum) if momenta is None else chosen(momenta))
+        return FastWeights(chosen(weights), None, momentum, repeated(fast.norms))
+
+    def reader(self, updates_BC: Tensor) -> Callable[[Tensor], Tensor]:
+        weights, narrow, _ = self.stacks
+        packs: Any = _Chosen.apply(weights, narrow, updates_BC)  # one chunk of each fork
+        return lambda q_FQHK: _Read.apply(q_FQHK, packs, packs, q_FQHK.shape[1])  # pyright: ignore[reportReturnType]
 
 
 def _by_head(x_BTHK: Tensor) -> Tensor:
@@ -320,6 +331,26 @@ class _Read(torch.autograd.Function):
             torch.bmm(dboth.mT, q_g, out=dpack[:, : 2 * M])
             torch.bmm(dout_g.mT, inner, out=dpack[:, 2 * M :])
         return dq.view(B, H, T, M).transpose(1, 2), dweights.to(ctx.dtype), None, None
+
+
+class _Chosen(torch.autograd.Function):
+    """The packs after updates_BC[b, c] updates of row b, [B·C, H, 1, 3, M, M], in the dtype of keys."""
+
+    @staticmethod
+    def forward(ctx, weights, narrow, updates_BC):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(updates_BC)
+        ctx.shape, ctx.dtype = weights.shape, weights.dtype
+        rows_B1 = torch.arange(len(updates_BC), device=updates_BC.device)[:, None]
+        return narrow[rows_B1, :, updates_BC].flatten(0, 1).unsqueeze(2)
+
+    @staticmethod
+    def backward(ctx, dpacks):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (updates_BC,) = ctx.saved_tensors
+        (B, H, N), C = ctx.shape[:3], updates_BC.shape[1]
+        # As a product, whose sums of the forks of one chunk always come out the same.
+        here_BNC = (updates_BC[:, None] == torch.arange(N, device=updates_BC.device)[:, None]).to(dpacks.dtype)
+        summed_BNX = torch.bmm(here_BNC, dpacks.reshape(B, C, -1))
+        return summed_BNX.view(B, N, H, *ctx.shape[3:]).transpose(1, 2).to(ctx.dtype), None, None
 
 
 def _in_chunks(stack: Tensor, L: int, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
