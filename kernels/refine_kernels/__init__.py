@@ -18,6 +18,7 @@ from refine_kernels.shared_qkv import SharedQKV, shared_qkv
 from refine_kernels.short_conv import last_inputs, short_conv
 from refine_kernels.swiglu import swiglu, swiglu_linear
 from refine_kernels.window_attention import window_attention
+from refine_kernels.window_step import window_step
 
 __all__ = [
     "DeltaRule",
@@ -46,4 +47,5 @@ __all__ = [
     "swiglu_linear",
     "tapped",
     "window_attention",
+    "window_step",
 ]

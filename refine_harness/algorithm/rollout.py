@@ -14,7 +14,7 @@ from torch import Tensor
 
 from refine_harness.config import Algorithm
 from refine_harness.models.base import FastWeightLM
-from refine_harness.models.branches import Branches
+from refine_harness.models.branches import Branches, Step
 
 
 @torch.no_grad()
@@ -30,7 +30,18 @@ def continue_from(
 
     Returns the tokens, int64 [R, K], and their log-probabilities, float32 or wider, [R, K].
     """
-    read_next = branches.sampler()
+    tokens_RK = torch.empty(uniforms_RK.shape, dtype=torch.int64, device=uniforms_RK.device)
+    logprobs_RK = _wide(hidden_RD.new_empty(tokens_RK.shape))
+    for rows, read_next in branches.samplers():
+        some = slice(None) if rows is None else rows
+        tokens_RK[some], logprobs_RK[some] = _continued(model, read_next, hidden_RD[some], uniforms_RK[some], algorithm)
+    return tokens_RK, logprobs_RK
+
+
+def _continued(
+    model: FastWeightLM, read_next: Step, hidden_RD: Tensor, uniforms_RK: Tensor, algorithm: Algorithm
+) -> tuple[Tensor, Tensor]:
+    """One token after another."""
     tokens: list[Tensor] = []
     logprobs: list[Tensor] = []
     for uniforms_R in uniforms_RK.unbind(1):

@@ -244,10 +244,11 @@ class FastWeightLM(PreTrainedModel):
         """Every layer's state at the positions; see `Reading.states_at`."""
         return tuple(layer.fork(tape, positions_BC) for layer, tape in zip(self.layers, tapes, strict=True))
 
-    def reads_branches(self, tapes: Sequence[Tape], positions_BC: Tensor, length: int) -> list[bool] | None:
-        """After which of the positions, row-major, layers can read `length` tokens from the tape, without a state.
+    def reads_branches(self, tapes: Sequence[Tape], positions_BC: Tensor, length: int) -> Tensor | None:
+        """bool [B, C], after which positions layers can read `length` tokens from the tape, without a state.
 
-        None: after none, ever. See `refine_harness.models.branches`.
+        None: after none, ever. Layers read after the others, too, but what they say is wrong. See
+        `refine_harness.models.branches`.
         """
         return None
 

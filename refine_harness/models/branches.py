@@ -11,7 +11,8 @@ tokens: sampling reads its few tokens again for each, which is cheaper than memo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,8 +33,11 @@ class Branches(ABC):
         """Hidden states [R, K, D] of tokens read from the positions; attached to the reading."""
 
     @abstractmethod
-    def sampler(self) -> Step:
-        """Reading token by token, without gradients."""
+    def samplers(self) -> Iterator[tuple[Tensor | None, Step]]:
+        """Reading token by token, without gradients: for which rows (None: all), and how.
+
+        What a later pair says of a row replaces what an earlier one said. Take the next when the last is used up.
+        """
 
 
 def branch(reading: Reading, positions_BC: Tensor, *, rollouts: int, length: int) -> Branches:
@@ -41,24 +45,11 @@ def branch(reading: Reading, positions_BC: Tensor, *, rollouts: int, length: int
 
     Raises RuntimeError when the reading was made with forkable=False.
     """
-    tapes, F = reading.tapes, positions_BC.numel()
-    lean = None if tapes is None else reading.model.reads_branches(tapes, positions_BC, length)
-    if lean is None or tapes is None or not any(lean):
-        return _Forked(reading.model, reading.states_at(positions_BC, once=True).repeat(rollouts))
-    read_from_tape = _Lean(reading.model, reading, positions_BC, rollouts)
-    if all(lean):
-        return read_from_tape
-    # The few that need a state of their own: every row forks as often as the row that forks most.
-    C = positions_BC.shape[1]
-    dense = [f for f in range(F) if not lean[f]]
-    places = [[f % C for f in dense if f // C == b] for b in range(len(positions_BC))]
-    widest = max(map(len, places))
-    device = positions_BC.device
-    picked_BX = torch.tensor([row + [0] * (widest - len(row)) for row in places], device=device)
-    states = reading.states_at(positions_BC.gather(1, picked_BX))
-    forks = states.select([b * widest + i for b, row in enumerate(places) for i in range(len(row))])
-    rows = torch.tensor([f * rollouts + n for f in dense for n in range(rollouts)], device=device)
-    return _Mixed(read_from_tape, _Forked(reading.model, forks.repeat(rollouts), few=True), rows)
+    model, tapes = reading.model, reading.tapes
+    lean_BC = None if tapes is None else model.reads_branches(tapes, positions_BC, length)
+    if lean_BC is None:
+        return _Forked(model, reading.states_at(positions_BC, once=True).repeat(rollouts))
+    return _FromTape(reading, positions_BC, rollouts, lean_BC)
 
 
 class _Forked(Branches):
@@ -69,6 +60,9 @@ class _Forked(Branches):
 
     def hidden(self, tokens_RK: Tensor) -> Tensor:
         return self._model.continued(tokens_RK, self._states)
+
+    def samplers(self) -> Iterator[tuple[Tensor | None, Step]]:
+        yield None, self.sampler()
 
     def sampler(self) -> Step:
         if not self._few:
@@ -85,8 +79,8 @@ class _Forked(Branches):
         return step
 
 
-class _Lean(Branches):
-    """From the tape."""
+class _Lean:
+    """Reading from the tape, whether or not it says all that is needed."""
 
     def __init__(self, model: FastWeightLM, reading: Reading, positions_BC: Tensor, rollouts: int):
         assert reading.tapes is not None
@@ -115,15 +109,61 @@ class _Lean(Branches):
         return step
 
 
-class _Mixed(Branches):
-    """Most rows from the tape; what it says of the others is replaced."""
+class _FromTape(Branches):
+    """From the tape where it says all that is needed, and the few other rows from states of their own.
 
-    def __init__(self, lean: Branches, forked: Branches, rows_X: Tensor):
-        self._lean, self._forked, self._rows_X = lean, forked, rows_X
+    Which those are depends on the positions, and so on numbers that a GPU may not have come to yet. Sampling does not
+    wait for them: it reads every row from the tape, and reads the others again.
+    """
+
+    def __init__(self, reading: Reading, positions_BC: Tensor, rollouts: int, lean_BC: Tensor):
+        self._reading, self._positions_BC, self._rollouts = reading, positions_BC, rollouts
+        self._lean = _Lean(reading.model, reading, positions_BC, rollouts)
+        self._flags = _Fetched(lean_BC)
 
     def hidden(self, tokens_RK: Tensor) -> Tensor:
-        return self._lean.hidden(tokens_RK).index_copy(0, self._rows_X, self._forked.hidden(tokens_RK[self._rows_X]))
+        if self._others is None:
+            return self._lean.hidden(tokens_RK)
+        rows_X, forked = self._others
+        if len(rows_X) == len(tokens_RK):
+            return forked.hidden(tokens_RK)
+        return self._lean.hidden(tokens_RK).index_copy(0, rows_X, forked.hidden(tokens_RK[rows_X]))
 
-    def sampler(self) -> Step:
-        lean, forked = self._lean.sampler(), self._forked.sampler()
-        return lambda tokens_R: lean(tokens_R).index_copy(0, self._rows_X, forked(tokens_R[self._rows_X]))
+    def samplers(self) -> Iterator[tuple[Tensor | None, Step]]:
+        yield None, self._lean.sampler()
+        if self._others is not None:
+            rows_X, forked = self._others
+            yield rows_X, forked.sampler()
+
+    @cached_property
+    def _others(self) -> tuple[Tensor, _Forked] | None:
+        """Rows that the tape is not enough for, and the same from their states."""
+        C, N, device = self._positions_BC.shape[1], self._rollouts, self._positions_BC.device
+        places = [[c for c, lean in enumerate(row) if not lean] for row in self._flags.values]
+        widest = max(map(len, places))
+        if not widest:
+            return None
+        # Every text forks as often as the one that forks most.
+        picked_BX = torch.tensor([row + [0] * (widest - len(row)) for row in places], device=device)
+        states = self._reading.states_at(self._positions_BC.gather(1, picked_BX))
+        forks = states.select([b * widest + i for b, row in enumerate(places) for i in range(len(row))])
+        rows = [(b * C + c) * N + n for b, row in enumerate(places) for c in row for n in range(N)]
+        return torch.tensor(rows, device=device), _Forked(self._reading.model, forks.repeat(N), few=True)
+
+
+class _Fetched:
+    """Numbers on their way from the device."""
+
+    def __init__(self, x: Tensor):
+        self._x, self._event = x, None
+        if x.is_cuda:
+            self._x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    @property
+    def values(self) -> list:
+        """Waits until they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._x.tolist()

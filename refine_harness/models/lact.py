@@ -410,12 +410,12 @@ class LaCTForCausalLM(CausalLM):
     def make_block(self, config: LaCTSWIGLUConfig, index: int) -> FastWeightLayer:
         return Block(config, LaCTMixer(config))
 
-    def reads_branches(self, tapes: Sequence[Tape], positions_BC: Tensor, length: int) -> list[bool] | None:
+    def reads_branches(self, tapes: Sequence[Tape], positions_BC: Tensor, length: int) -> Tensor | None:
         """Within a chunk that goes on, of texts that begin with the reading."""
         tape = tapes[0]  # chunks end at the same places in every layer
         if tape["before"] is not None:
             return None
-        return tape["read"].chunk_goes_on(positions_BC, length).flatten().tolist()
+        return tape["read"].chunk_goes_on(positions_BC, length)
 
     def ordinary_step(self, seen: Sequence[int]) -> bool:
         return all(n == 0 or n % self.config.lact_chunk_size for n in seen)

@@ -123,11 +123,11 @@ def _forward_kernel(
     b_q = _own(q, tokens, f, h, Q, count, H, D, CHANNELS)
     b_k = _own(k, tokens, f, h, Q, count, H, D, CHANNELS)
     b_v = _own(v, tokens, f, h, Q, count, H, D, CHANNELS)
-    scores = _own_scores(b_q, b_k, tokens, count, scale, K, W)
-    top = tl.max(scores, 1)
-    shares = tl.exp(scores - top[:, None])
-    total = tl.sum(shares, 1)
-    b_o = tl.dot(shares.to(b_v.dtype), b_v, input_precision="ieee")
+    own_scores = _own_scores(b_q, b_k, tokens, count, scale, K, W)
+    top = tl.max(own_scores, 1)
+    own_shares = tl.exp(own_scores - top[:, None])
+    total = tl.sum(own_shares, 1)
+    b_o = tl.dot(own_shares.to(b_v.dtype), b_v, input_precision="ieee")
     position = tl.load(positions + f)
     text = f // C * T
     for block in range(tl.maximum(position - W + 2, 0) // KEYS, (position + KEYS) // KEYS):
@@ -165,17 +165,17 @@ def _backward_kernel(
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(delta + (f * H + h) * Q + tokens, b_delta, mask=tokens < count)
 
-    shares = tl.exp(_own_scores(b_q, b_k, tokens, count, scale, K, W) - b_lse[:, None])
-    slopes = shares * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None]) * scale
+    own_shares = tl.exp(_own_scores(b_q, b_k, tokens, count, scale, K, W) - b_lse[:, None])
+    own_slopes = own_shares * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None]) * scale
     _put(
-        dv, tl.dot(tl.trans(shares).to(b_do.dtype), b_do, input_precision="ieee"),
+        dv, tl.dot(tl.trans(own_shares).to(b_do.dtype), b_do, input_precision="ieee"),
         tokens, f, h, Q, count, H, D, CHANNELS,
     )  # fmt: skip
     _put(
-        dk, tl.dot(tl.trans(slopes).to(b_q.dtype), b_q, input_precision="ieee"),
+        dk, tl.dot(tl.trans(own_slopes).to(b_q.dtype), b_q, input_precision="ieee"),
         tokens, f, h, Q, count, H, D, CHANNELS,
     )  # fmt: skip
-    b_dq = tl.dot(slopes.to(b_k.dtype), b_k, input_precision="ieee")
+    b_dq = tl.dot(own_slopes.to(b_k.dtype), b_k, input_precision="ieee")
     position = tl.load(positions + f)
     text = f // C * T
     for block in range(tl.maximum(position - W + 2, 0) // KEYS, (position + KEYS) // KEYS):
@@ -203,7 +203,8 @@ def _text_kernel(
     b_values = _own(values + b * T * H * D, places, 0, h, 0, T, H, D, CHANNELS)
     b_dkeys = tl.zeros([KEYS, CHANNELS], dtype=tl.float32)
     b_dvalues = tl.zeros([KEYS, CHANNELS], dtype=tl.float32)
-    for f in range(b * C, b * C + C):
+    for c in range(C):
+        f = b * C + c
         position = tl.load(positions + f)
         if (first <= position) & (last >= position - W + 2):
             for start in range(0, Q, TOGETHER):

@@ -91,11 +91,11 @@ class LaCT:
     def reader_at(self, positions_BC: Tensor) -> Callable[[Tensor], Tensor]:
         """How queries [F, Q, H, K] of tokens read after those positions, F = B·C, are read: outputs [F, Q, H, V].
 
-        As long as the next tokens are of the chunk that the first of them is in, and this piece made the updates
-        before it (`chunk_goes_on`). Differentiable. Needs a reading with `boundaries`.
+        That is what they are read with as long as `chunk_goes_on`. Differentiable. Needs a reading with `boundaries`.
         """
         assert self.boundaries is not None
-        read = self.boundaries.reader((self._held_B[:, None] + positions_BC + 1) // self._L)
+        updates_BC = (self._held_B[:, None] + positions_BC + 1) // self._L
+        read = self.boundaries.reader(updates_BC.minimum(_updates(self._end_B, self._L)[:, None]))
 
         def reader(q_FQHK: Tensor) -> Tensor:
             with torch.autocast(q_FQHK.device.type, enabled=False):
