@@ -135,7 +135,12 @@ class AdaptedLM(FastWeightLM):
 
     @uncompiled
     def read(
-        self, tokens_BT: Tensor, state: State | None = None, lengths: Tensor | None = None, forkable: bool = True
+        self,
+        tokens_BT: Tensor,
+        state: State | None = None,
+        lengths: Tensor | None = None,
+        forkable: bool = True,
+        in_place: bool = False,
     ) -> AdaptedReading:
         B, T = tokens_BT.shape
         ends = [(T,)] * B if lengths is None else [(end,) for end in lengths.tolist()]

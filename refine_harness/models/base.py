@@ -8,7 +8,7 @@ is the whole interface to training and evaluation. `forward` gives the same to t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar, cast
@@ -52,6 +52,8 @@ class Rows:
     """How the real tokens are packed; None when no row is padded."""
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
     """What layers of one kind work out once for all of them."""
+    in_place: bool = False
+    """Whether a layer may write into the state that it was given, and return its tensors."""
 
     @cached_property
     def positions_BT(self) -> Tensor:
@@ -214,6 +216,7 @@ class FastWeightLM(PreTrainedModel):
         state: State | None = None,
         lengths: Tensor | None = None,
         forkable: bool = True,
+        in_place: bool = False,
     ) -> Reading:
         """Read B texts, going on from `state`.
 
@@ -223,8 +226,11 @@ class FastWeightLM(PreTrainedModel):
             lengths: int64 [B], real tokens per row, at least 1; None when no row is padded. Padding is not computed and
                 enters no state. From the host: those on a device are fetched, which waits for it.
             forkable: keep what `Reading.states_at` needs. False saves memory when only the last state is wanted.
+            in_place: layers that can save a copy by it write into the tensors of `state`, which then has no meaning any
+                more; only the reading's own does. Without gradients and forks.
         """
-        rows = self._rows(tokens_BT, state, lengths)
+        assert not (in_place and (forkable or torch.is_grad_enabled()))
+        rows = replace(self._rows(tokens_BT, state, lengths), in_place=in_place)
         x_BTD = self.embed(rows.packed(tokens_BT))
         states: list[dict[str, Tensor]] = []
         tapes: list[Tape] = []

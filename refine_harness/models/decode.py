@@ -75,17 +75,19 @@ class _Graph:
     def __init__(self, model: FastWeightLM, state: State):
         self._memory = state.detach().clone()
         self._tokens_R1 = torch.zeros(len(state), 1, dtype=torch.int64, device=state.seen_R.device)
-        # What is recorded is the ordinary step, wherever the rows stand now.
-        self._memory.assume_seen(model.ordinary_place(len(state)))
+        # What is recorded is the ordinary step, wherever the rows stand now; what it overwrites is loaded later.
+        place = model.ordinary_place(len(state))
+        self._memory.assume_seen(place)
+        self._memory.seen_R.copy_(torch.tensor(place))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                model.read(self._tokens_R1, self._memory, forkable=False)
+                model.read(self._tokens_R1, self._memory, forkable=False, in_place=True)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            reading = model.read(self._tokens_R1, self._memory, forkable=False)
+            reading = model.read(self._tokens_R1, self._memory, forkable=False, in_place=True)
             _copy(reading.state, self._memory)
             self._hidden_RD = reading.hidden[:, 0]
 

@@ -15,7 +15,15 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from refine_kernels import SharedQKV, add_normed_heads, fork_attention, last_inputs, shared_qkv, window_attention
+from refine_kernels import (
+    SharedQKV,
+    add_normed_heads,
+    fork_attention,
+    last_inputs,
+    shared_qkv,
+    window_attention,
+    window_step,
+)
 from refine_kernels.lact import Chunk, FastWeights, LaCT, Place, Weights, lact, row_norms
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -298,6 +306,11 @@ class LaCTMixer(FastWeightLayer):
         W = self.config.window_size
         q_BTAI, k_BTAI, v_BTD = read_by[:3]
         own = {"window_keys": k_BTAI.flatten(2), "window_values": v_BTD}
+        if state is not None and rows.T == 1 and rows.in_place:
+            window = {name: state[name] for name in own}
+            q_BAI, k_BAI, v_BAI = (x[:, 0] for x in (q_BTAI, k_BTAI, v_BTD.view_as(k_BTAI)))
+            o_BAI = window_step(q_BAI, k_BAI, v_BAI, *window.values(), seen_B=rows.seen_B)
+            return o_BAI.flatten(1)[:, None], window, own
         past = None if state is None else {name: torch.cat((state[name], x), 1) for name, x in own.items()}
         k_BSAI, v_BSAI = (x.unflatten(-1, q_BTAI.shape[2:]) for x in (past or own).values())
         assert rows.seen is not None
@@ -328,17 +341,20 @@ class LaCTMixer(FastWeightLayer):
         config, H = self.config, self.config.num_lact_heads
         rates_BTHX = rows.spread(F.softplus(_wide(self.lr_proj(x_BTD)) + RATE_BIAS)).unflatten(-1, (H, -1))
         momentum_BTH = rows.spread(self.momentum_proj(x_BTD)) if config.use_momentum else None
-        assert rows.seen is not None
+        if "place" not in rows.memo:
+            assert rows.seen is not None
+            rows.memo["place"] = Place(rows.seen_B, rows.seen, rows.lengths_B, rows.lengths)
         return lact(
             read_by.fast_q_BTHK,
             Chunk(read_by.fast_k_BTHK, read_by.fast_v_BTHK, rates_BTHX, momentum_BTH),
             self._initial(len(rows.lengths)) if state is None else _fast_weights(state),
             None if state is None else _unfinished(state),
-            Place(rows.seen_B, rows.seen, rows.lengths_B, rows.lengths),
+            rows.memo["place"],
             chunk_size=config.lact_chunk_size,
             muon=config.use_muon,
             joint=config.use_fused_kernel,
             boundaries=forkable,
+            in_place=rows.in_place,
         )
 
     def _initial(self, B: int) -> FastWeights:

@@ -14,6 +14,11 @@ def inputs(positions, N, K, *, T=20, H=2, D=4, dtype=torch.float64):
     return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
+def continued(args, positions, **options):
+    q, k, v, keys, values = args
+    return fork_attention(q, k, v, keys, values, positions, **options)
+
+
 def each_alone(q, k, v, keys, values, positions, *, length, window):
     """Every continuation as a text of its own, read whole."""
     C, outputs = positions.shape[1], []
@@ -34,7 +39,7 @@ POSITIONS = torch.tensor([[-1, 0, 7, 7], [6, 19, 11, 3]])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (1, 5), (3, 4)])
 def test_each_continuation_sees_its_window(N, K, window):
     args = inputs(POSITIONS, N, K)
-    got = fork_attention(*args, POSITIONS, length=K, window=window)
+    got = continued(args, POSITIONS, length=K, window=window)
     want = each_alone(*args, POSITIONS, length=K, window=window)
     assert_close(got, want)
     slope = torch.randn_like(want)
@@ -46,7 +51,7 @@ def test_each_continuation_sees_its_window(N, K, window):
 def test_gradcheck():
     positions = torch.tensor([[0, 2]])
     args = inputs(positions, 2, 2, T=4, H=1, D=2)
-    assert gradcheck(lambda *x: fork_attention(*x, positions, length=2, window=3), args)
+    assert gradcheck(lambda *x: continued(x, positions, length=2, window=3), args)
 
 
 def test_what_comes_after_the_fork_is_not_looked_at():

@@ -6,7 +6,7 @@ On a CUDA device the kernels run there; elsewhere in Triton's interpreter, where
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -41,9 +41,11 @@ else:
         short_conv,
         swiglu,
         swiglu_linear,
+        window_step,
     )
     from refine_kernels.delta_rule.fused import EVERY, state_gradients
     from refine_kernels.lact import Chunk, FastWeights, Place, lact, row_norms
+    from refine_kernels.lact.reference import map_chunk
     from refine_kernels.linear_head import fused as head
     from refine_kernels.rotary import turns
     from refine_kernels.testing import assert_close, poisoned
@@ -329,11 +331,28 @@ else:
         H, D, T = 2, 20, 131
         own = [draw(8, N * K, H, D, dtype=dtype, seed=i) for i in range(3)]
         text = [draw(2, T, H, D, dtype=dtype, seed=i) for i in range(2)]
-        compare(lambda *x, **o: fork_attention(*x, positions, **o), [*own, *text], length=K, window=window)
+
+        def op(q, k, v, text_k, text_v, *, impl):
+            return fork_attention(q, k, v, text_k, text_v, positions, length=K, window=window, impl=impl)
+
+        compare(op, [*own, *text])
         with torch.no_grad():
             text[0][1, 130:], text[1][1, 130:] = torch.nan, torch.nan
-            got = fork_attention(*own, *text, positions, length=K, window=window, impl="fused")
+            got = op(own[0], own[1], own[2], text[0], text[1], impl="fused")
         assert got.isfinite().all()
+
+    @dtypes
+    @pytest.mark.parametrize(("P", "D"), [(0, 4), (1, 4), (5, 20), (64, 8), (129, 6), (2100, 2)])
+    def test_window_step(dtype, P, D):
+        B, H = 3, 2
+        own = [draw(B, H, D, dtype=dtype, seed=i).detach() for i in range(3)]
+        windows = [draw(B, P, H * D, dtype=dtype, seed=3 + i).detach() for i in range(2)]
+        seen = torch.tensor((0, 70, 100_000), device=DEVICE)
+        exact = [x.double() for x in windows]
+        with poisoned():
+            got = window_step(*own, *windows, seen_B=seen, impl="fused")
+        assert_close(got, window_step(*(x.double() for x in own), *exact, seen_B=seen, impl="reference"))
+        assert all(torch.equal(x.double(), y) for x, y in zip(windows, exact, strict=True))
 
     BARE = {"momentum": False}
     LACT = {
@@ -342,6 +361,7 @@ else:
         "full": (12, (12, 12), 2, {}),
         "rest": (11, (11,), 2, BARE),
         "ragged": (14, (14, 6), 1, {}),
+        "padding after all": (15, (10, 6), 1, {}),
         "ragged, bare": (9, (4, 1), 2, BARE),
         "muon": (11, (11,), 1, {"muon": True}),
         "muon, ragged": (8, (8, 1), 1, {"muon": True}),
@@ -387,6 +407,46 @@ else:
             filled = iter(given)
             each = [next(filled) if any(x is y for y in used) else None for x in inputs]
             return results(reading(each, L, lengths, impl, **options), lengths)
+
+        compare(op, used)
+
+    GOING_ON = {
+        # No chunk ends, one, several, the held one is full, rows of different length: tokens held, tokens, of each row.
+        "none": (1, 3, (3, 3), {}),
+        "one": (3, 2, (2, 2), {}),
+        "several": (1, 12, (12, 12), {}),
+        "several, bare": (3, 10, (10, 10), BARE),
+        "full": (4, 12, (12, 12), {}),
+        "full, then one": (4, 2, (2, 2), BARE),
+        "ragged": (2, 13, (13, 3), {}),
+        "ragged, padding after all": (3, 13, (2, 9), {}),
+        # Newton-Schulz's errors grow with every update, in the plain form too.
+        "muon": (3, 2, (2, 2), {"muon": True}),
+        "muon, full": (4, 2, (2, 1), {"muon": True}),
+    }
+
+    @pytest.mark.parametrize(("held", "T", "lengths", "options"), GOING_ON.values(), ids=GOING_ON)
+    def test_lact_that_goes_on(held, T, lengths, options):
+        """From an unfinished chunk, whose gradients flow too; the second row began with a chunk more."""
+        B, M, L = len(lengths), 3, 4
+        momentum, muon = options.get("momentum", True), options.get("muon", False)
+        before = [draw(*x.shape, seed=11 + i) for i, x in enumerate(text_for_lact(B, held, 1, M)[1:])]
+        inputs = [*text_for_lact(B, T, 1, M), *weights_of_lact(B, 1, M), *before]
+        used = [x for i, x in enumerate(inputs) if momentum or i not in (4, 8, 9, 10, 14)]
+
+        def op(*given, impl):
+            filled = iter(given)
+            each: Any = [next(filled) if any(x is y for y in used) else None for x in inputs]
+            q, *each = each
+            w, m, earlier = tuple(each[4:7]), tuple(each[7:10]), cast(Any, each[10:])
+            fast = FastWeights(w, None, m if momentum else None, row_norms(w))
+            rest = map_chunk(lambda x: torch.cat((x, x.new_zeros(B, L - held, *x.shape[2:])), 1), Chunk(*earlier))
+            seen = (held, held + L)
+            lengths_B = None if min(lengths) == T else torch.tensor(lengths, device=q.device)
+            place = Place(torch.tensor(seen, device=q.device), seen, lengths_B, lengths)
+            made = lact(q, Chunk(*each[:4]), fast, rest, place, chunk_size=L, muon=muon, boundaries=True, impl=impl)
+            after = [x for x in made.unfinished if x is not None]
+            return (*results(made, lengths), *after)
 
         compare(op, used)
 

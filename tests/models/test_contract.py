@@ -178,3 +178,19 @@ def test_packed_texts_are_each_text_alone(model):
         same_states(out.past_key_values.state.select([i]), x.past_key_values.state)
     with pytest.raises(ValueError, match="cu_seqlens"):
         model(packed, cu_seqlens=torch.tensor([0, 5]))
+
+
+@each_model
+def test_a_step_in_place_is_a_step(model):
+    if not model.fixed_state:
+        pytest.skip("its state grows: there is no place for more")
+    text = tokens(2, 40)
+    with torch.no_grad():
+        state = model.read(text[:, :3]).state
+        ours = state.clone()
+        for t in range(3, 40):
+            want = model.read(text[:, t : t + 1], state, forkable=False)
+            got = model.read(text[:, t : t + 1], ours, forkable=False, in_place=True)
+            state, ours = want.state, got.state
+            assert_close(got.hidden, want.hidden)
+            same_states(ours, state)

@@ -336,3 +336,13 @@ def test_initial_weights_have_the_published_deviations():
         assert float(p[layer + name].std()) == pytest.approx(deviation, rel=0.1), name
     assert bool((full[layer + "qk_scale"] == 1).all())
     assert not bool(full[layer + "qk_offset"].any() or full[layer + "lr_proj.bias"].any())
+
+
+@torch.no_grad()
+def test_a_step_in_place_writes_one_token_and_makes_no_state(model):
+    text = tokens(3, 40)
+    state = model.read(text[:, :20], lengths=torch.tensor((3, 19, 20)), forkable=False).state.clone()
+    where = [{name: x.data_ptr() for name, x in layer.items()} for layer in state.layers]
+    after = model.read(text[:, 20:21], state, forkable=False, in_place=True).state
+    for layer, given, at in zip(after.layers, state.layers, where, strict=True):
+        assert all(x is given[name] and x.data_ptr() == at[name] for name, x in layer.items())

@@ -26,6 +26,7 @@ def lact(
     muon: bool = False,
     joint: bool = False,
     boundaries: bool = False,
+    in_place: bool = False,
     impl: Impl = "auto",
 ) -> LaCT:
     """Outputs for T tokens of each of B rows, and the state after each row's last real token.
@@ -41,6 +42,8 @@ def lact(
         chunk_size: L. Rows may be at different places of their chunks.
         muon, joint: see `reference.update`.
         boundaries: keep the weights after every update, which `LaCT.state_at` needs.
+        in_place: a single token that ends no chunk may be written into `unfinished`, whose tensors are then those of
+            the result. Without gradients and boundaries.
         impl: see `refine_kernels.choose`.
     """
     (w0, w1, _), K = fast.weights, q_BTHK.shape[-1]
@@ -50,5 +53,6 @@ def lact(
         scalar=tokens.rates_BLHX.shape[-1] == 3,
     )  # fmt: skip
     return read(
-        ops, q_BTHK, tokens, fast, unfinished, place, L=chunk_size, muon=muon, joint=joint, boundaries=boundaries
-    )
+        ops, q_BTHK, tokens, fast, unfinished, place, L=chunk_size, muon=muon, joint=joint, boundaries=boundaries,
+        in_place=in_place,
+    )  # fmt: skip

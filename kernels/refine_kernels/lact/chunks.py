@@ -9,7 +9,7 @@ known on the host, so that none is computed where no row reaches an end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType
 from typing import Protocol
@@ -30,6 +30,13 @@ class Place:
     lengths_B: Tensor | None
     """None: T of each row."""
     lengths: Sequence[int]
+    _held: dict[int, Tensor] = field(default_factory=dict, compare=False)
+
+    def held_B(self, L: int) -> Tensor:
+        """How many tokens each row's unfinished chunk has; worked out once for all layers."""
+        if L not in self._held:
+            self._held[L] = self.seen_B - _updates(self.seen_B, L) * L
+        return self._held[L]
 
 
 class Boundaries(Protocol):
@@ -122,20 +129,25 @@ def read(
     muon: bool,
     joint: bool,
     boundaries: bool,
+    in_place: bool = False,
 ) -> LaCT:
-    """See `refine_kernels.lact.lact`. `ops` has `apply` and `update`, and maybe `sweep` for texts that begin here."""
+    """See `refine_kernels.lact.lact`. `ops` has `apply` and `update`; `sweep`, if any, takes rows that hold as many."""
     T = q_BTHK.shape[1]
     held = [n - _host_updates(n, L) * L for n in place.seen]
-    held_B = place.seen_B - _updates(place.seen_B, L) * L
+    held_B = place.held_B(L)
     ends = [_host_updates(h + n, L) for h, n in zip(held, place.lengths, strict=True)]
+    sweeps = hasattr(ops, "sweep") and T > 1 and min(held) == max(held) and (held[0] == 0 or max(ends) > 0)
+    whole = tokens
+    if sweeps and held[0] and unfinished is not None:
+        whole = map_chunk(lambda x, old: torch.cat((old[:, : held[0]].to(x.dtype), x), 1), tokens, unfinished)
     with torch.autocast(q_BTHK.device.type, enabled=False):
-        if T > 1 and not any(held) and hasattr(ops, "sweep"):
+        if sweeps:
             active_UB = None
             if min(ends) < max(ends) and place.lengths_B is not None:
                 steps_U1 = torch.arange(max(ends), device=held_B.device)[:, None]
-                active_UB = steps_U1 < _updates(place.lengths_B, L)
+                active_UB = steps_U1 < _updates(held_B + place.lengths_B, L)
             outputs_BTHV, fast, between = ops.sweep(
-                q_BTHK, tokens, fast, L=L, updates=max(ends), active_UB=active_UB, muon=muon
+                q_BTHK, whole, fast, L=L, held=held[0], updates=max(ends), active_UB=active_UB, muon=muon
             )
         else:
             outputs_BTHV, fast, between = _one_by_one(
@@ -143,9 +155,9 @@ def read(
                 muon=muon, joint=joint, boundaries=boundaries,
             )  # fmt: skip
     if T == 1 and unfinished is not None and max(ends) == 0:
-        rest = _appended(unfinished, tokens, held_B)
-    elif place.lengths_B is None and not any(held):
-        rest = map_chunk(lambda x: _padded(x[:, max(ends) * L :], L), tokens)
+        rest = (_put if in_place else _appended)(unfinished, tokens, held_B)
+    elif place.lengths_B is None and (sweeps or not any(held)):
+        rest = map_chunk(lambda x: _padded(x[:, max(ends) * L :], L), whole)
     else:
         last_B = torch.full_like(held_B, T - 1) if place.lengths_B is None else place.lengths_B - 1
         rest = _unfinished(unfinished, tokens, held_B, last_B[:, None], L)
@@ -240,6 +252,15 @@ def _appended(before: Chunk, token: Chunk, held_B: Tensor) -> Chunk:
     """The buffer with one more token in each row, which no row's chunk ends before; one operation per tensor."""
     here_BL = torch.arange(before.k_BLHK.shape[1], device=held_B.device) == held_B[:, None]
     return map_chunk(lambda old, x: torch.where(_like(here_BL, old), x.to(old.dtype), old), before, token)
+
+
+def _put(into: Chunk, token: Chunk, held_B: Tensor) -> Chunk:
+    """`_appended` in the memory of the buffer."""
+
+    def put(old: Tensor, x: Tensor) -> Tensor:
+        return old.scatter_(1, _like(held_B, x).expand_as(x), x.to(old.dtype))
+
+    return map_chunk(put, into, token)
 
 
 def _together(pieces: Sequence[tuple[int, int, Tensor]], held: Sequence[int], held_B: Tensor, T: int, L: int) -> Tensor:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from refine_kernels.lact import kernels
@@ -57,16 +58,21 @@ def sweep(
     fast: FastWeights,
     *,
     L: int,
+    held: int,
     updates: int,
     active_UB: Tensor | None,
     muon: bool,
 ) -> tuple[Tensor, FastWeights, Any]:
-    """All chunks of texts that begin here: outputs, the weights at the end, and those after any number of updates.
+    """All chunks of a piece: outputs, the weights at the end, and those after any number of updates.
 
+    tokens: from the start of the first chunk; the first `held` of them, at most L, were read before and have no query.
     active_UB: which rows make each update; None for all. The last result is `chunks.Boundaries`.
     """
     stacks = _updates(fast, tokens, L=L, updates=updates, active_UB=active_UB, muon=muon)
-    outputs_BTHV: Any = _Read.apply(q_BTHK, stacks[0], stacks[1], L)
+    weights, narrow, _ = stacks
+    if held == L:  # no query is of the first chunk
+        weights, narrow, held = weights[:, :, 1:], narrow[:, :, 1:].contiguous(), 0
+    outputs_BTHV: Any = _Read.apply(q_BTHK, weights, narrow, L, held)
     return outputs_BTHV, _fast_weights(stacks, fast, -1), _Boundaries(stacks, fast)
 
 
@@ -303,26 +309,26 @@ def _step_back(
 
 
 class _Read(torch.autograd.Function):
-    """Every token's query read with its chunk's weights."""
+    """Every token's query read with its chunk's weights; the first chunk has `held` tokens before the first query."""
 
     @staticmethod
-    def forward(ctx, q, weights, narrow, L):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, q, weights, narrow, L, held=0):  # pyright: ignore[reportIncompatibleMethodOverride]
         B, T, H, M = q.shape
         ctx.save_for_backward(q, narrow)
-        ctx.L, ctx.dtype = L, weights.dtype
-        q = _by_head(q).contiguous()
-        out = q.new_empty(B * H, T, M)
-        for q_g, pack, out_g in _in_chunks(narrow, L, q, out):
+        ctx.sizes, ctx.dtype = (L, held, narrow.shape[2]), weights.dtype
+        q = _filled(_by_head(q), *ctx.sizes)
+        out = torch.empty_like(q)
+        for q_g, pack, out_g in _in_chunks(narrow, L, held, q, out):
             torch.bmm(kernels.inner(torch.bmm(q_g, pack[:, : 2 * M].mT)), pack[:, 2 * M :].mT, out=out_g)
-        return out.view(B, H, T, M).transpose(1, 2)
+        return _unfilled(out, T, *ctx.sizes).unflatten(0, (B, H)).transpose(1, 2)
 
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, narrow = ctx.saved_tensors
-        B, T, H, M = q.shape
-        q, dout = _by_head(q).contiguous(), _by_head(dout).contiguous()
-        dq, dweights = q.new_empty(B * H, T, M), torch.empty_like(narrow)
-        pieces = zip(_in_chunks(narrow, ctx.L, q, dout), _in_chunks(dweights, ctx.L, dq, dq), strict=True)
+        (B, T, H, M), (L, held, _) = q.shape, ctx.sizes
+        q, dout = (_filled(_by_head(x), *ctx.sizes) for x in (q, dout))
+        dq, dweights = torch.empty_like(q), torch.empty_like(narrow)
+        pieces = zip(_in_chunks(narrow, L, held, q, dout), _in_chunks(dweights, L, held, dq, dq), strict=True)
         for (q_g, pack, dout_g), (dq_g, dpack, _) in pieces:
             w02, w1 = pack[:, : 2 * M], pack[:, 2 * M :]
             inner = torch.bmm(dout_g, w1)
@@ -330,7 +336,8 @@ class _Read(torch.autograd.Function):
             torch.bmm(dboth, w02, out=dq_g)
             torch.bmm(dboth.mT, q_g, out=dpack[:, : 2 * M])
             torch.bmm(dout_g.mT, inner, out=dpack[:, 2 * M :])
-        return dq.view(B, H, T, M).transpose(1, 2), dweights.to(ctx.dtype), None, None
+        dq = _unfilled(dq, T, *ctx.sizes).unflatten(0, (B, H)).transpose(1, 2)
+        return dq, dweights.to(ctx.dtype), None, None, None
 
 
 class _Chosen(torch.autograd.Function):
@@ -353,13 +360,33 @@ class _Chosen(torch.autograd.Function):
         return summed_BNX.view(B, N, H, *ctx.shape[3:]).transpose(1, 2).to(ctx.dtype), None, None
 
 
-def _in_chunks(stack: Tensor, L: int, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+FEW = 2
+"""Up to so many chunks are read one by one; more are filled up with zeros, so that all are read at once."""
+
+
+def _filled(x_NTM: Tensor, L: int, held: int, chunks: int) -> Tensor:
+    """Many chunks made full, whatever is after the last cut off; few as they are. Contiguous."""
+    after = chunks * L - held - x_NTM.shape[1]
+    if chunks > FEW and (held or after):
+        x_NTM = F.pad(x_NTM, (0, 0, held, after))
+    return x_NTM.contiguous()
+
+
+def _unfilled(x_NSM: Tensor, T: int, L: int, held: int, chunks: int) -> Tensor:
+    """The inverse of `_filled`; zeros where it cut."""
+    if chunks <= FEW:
+        return x_NSM
+    missing = held + T - chunks * L
+    return F.pad(x_NSM[:, held:], (0, 0, 0, missing)) if missing > 0 else x_NSM[:, held : held + T]
+
+
+def _in_chunks(stack: Tensor, L: int, held: int, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Tokens [n, L, M] of x, their weights [n, 3 M, M], the same tokens of y: all chunks at once if all are full."""
     (N, T, M), chunks = x.shape, stack.shape[2]
-    if chunks * L == T:
+    if chunks > FEW or (not held and chunks * L == T):
         yield x.view(-1, L, M), stack.view(-1, 3 * M, M), y.view(-1, L, M)
         return
     packs = stack.view(N, chunks, 3 * M, M)
     for g in range(chunks):
-        at = slice(g * L, (g + 1) * L if g + 1 < chunks else T)
+        at = slice(max(g * L - held, 0), (g + 1) * L - held if g + 1 < chunks else T)
         yield x[:, at], packs[:, g], y[:, at]

@@ -51,6 +51,7 @@ def window_step(
     BD = triton.next_power_of_2(D)
     BP = min(PLACES, ELEMENTS // BD, triton.next_power_of_2(max(P, 1)))
     N = ceiling(P, BP)
+    BN = triton.next_power_of_2(max(N, 1))
     out = torch.empty_like(v)
     parts = torch.empty(B, H, N, D, dtype=torch.float32, device=q.device)
     sums = torch.empty(B, H, N, 2, dtype=torch.float32, device=q.device)
@@ -63,7 +64,7 @@ def window_step(
             _block_kernel[(N, H, B)](q, *windows, seen_B, parts, sums, P, scale, *strides, H=H, D=D, BP=BP, BD=BD)
         _join_kernel[(H, B)](
             q, k, v, *windows, parts, sums, out, P, N, scale, *strides,
-            H=H, D=D, BP=BP, BD=BD, BN=triton.next_power_of_2(max(N, 1)), BJ=min(JOINED, triton.next_power_of_2(max(N, 1))),
+            H=H, D=D, BP=BP, BD=BD, BN=BN, BJ=min(JOINED, BN),
         )  # fmt: skip
     return out
 
@@ -135,7 +136,7 @@ def _join_kernel(
         tl.store(to_keys[None, :] + gaps * KEYS_P, tl.load(aside_keys + at, mask=moved, other=0), mask=moved)
         tl.store(to_values[None, :] + gaps * VALUES_P, tl.load(aside_values + at, mask=moved, other=0), mask=moved)
     tl.store(out + token, (b_out / total).to(out.dtype.element_ty), mask=here)
-    last = (P - 1).to(tl.int64)
+    last = 0 * b + P - 1  # as wide as b
     any_place = here & (P > 0)
     tl.store(to_keys + last * KEYS_P, b_k.to(keys.dtype.element_ty), mask=any_place)
     tl.store(to_values + last * VALUES_P, b_v.to(values.dtype.element_ty), mask=any_place)
