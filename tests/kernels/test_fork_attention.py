@@ -19,8 +19,9 @@ def continued(args, positions, **options):
     return fork_attention(q, k, v, keys, values, positions, **options)
 
 
-def each_alone(q, k, v, keys, values, positions, *, length, window):
+def each_alone(args, positions, *, length, window):
     """Every continuation as a text of its own, read whole."""
+    q, k, v, keys, values = args
     C, outputs = positions.shape[1], []
     for f, position in enumerate(positions.flatten().tolist()):
         text = slice(0, position + 1)
@@ -40,7 +41,7 @@ POSITIONS = torch.tensor([[-1, 0, 7, 7], [6, 19, 11, 3]])
 def test_each_continuation_sees_its_window(N, K, window):
     args = inputs(POSITIONS, N, K)
     got = continued(args, POSITIONS, length=K, window=window)
-    want = each_alone(*args, POSITIONS, length=K, window=window)
+    want = each_alone(args, POSITIONS, length=K, window=window)
     assert_close(got, want)
     slope = torch.randn_like(want)
     got_grads = torch.autograd.grad((got * slope).sum(), args)
