@@ -5,10 +5,6 @@ one chunk after another; `_Read` reads all queries with them at once. Both make 
 in the backward. `_Updates` keeps its inputs, the weights and momenta before each chunk, which forks need too, and what
 each of Newton-Schulz's steps starts from. The weights of all chunks are one tensor, a stack [B, H, N, 3, M, M] of packs
 (see `kernels`), and the gradients of readings and of forks meet there, each at its chunk.
-
-Newton-Schulz's step is y = a x + P x, P = b S + c S S, S = x xᵀ. Its backward, with E = dy xᵀ + x dyᵀ:
-
-    dx = a dy + P dy + (b E + c (S E + E S)) x
 """
 
 from __future__ import annotations
@@ -22,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refine_kernels.lact import kernels
-from refine_kernels.lact.reference import NEWTON_SCHULZ, Chunk, FastWeights, Weights, apply
+from refine_kernels.lact.newton_schulz import newton_schulz
+from refine_kernels.lact.reference import Chunk, FastWeights, Weights, apply
 from refine_kernels.runtime import why_no_triton
 
 __all__ = ["apply", "sweep", "update", "why_not"]
@@ -149,26 +146,6 @@ def _by_head(x_BTHK: Tensor) -> Tensor:
     return x_BTHK.transpose(1, 2).flatten(0, 1)
 
 
-def _orthogonal(x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Newton-Schulz's iteration on [N, M, M] of norm 1, and what each of its steps started from."""
-    starts = []
-    for a, b, c in NEWTON_SCHULZ:
-        starts.append(x)
-        gram = kernels.product(x, x, transposed=True)
-        x = kernels.product(kernels.product(gram, gram, scale=c, plus=(b, gram)), x, plus=(a, x))
-    return x, starts
-
-
-def _orthogonal_back(dy: Tensor, starts: list[Tensor]) -> Tensor:
-    product = kernels.product
-    for x, (a, b, c) in zip(reversed(starts), reversed(NEWTON_SCHULZ), strict=True):
-        gram = product(x, x, transposed=True)
-        both = product(x, dy, dy, x, transposed=True)
-        p = product(gram, gram, scale=c, plus=(b, gram))
-        dy = product(p, dy, product(gram, both, both, gram, scale=c, plus=(b, both)), x, plus=(a, dy))
-    return dy
-
-
 class _Updates(torch.autograd.Function):
     """The weights and momenta before each chunk and after the last: stacks, the initial ones first."""
 
@@ -201,13 +178,15 @@ class _Updates(torch.autograd.Function):
                 squares = kernels.momentum(step, last, None if keep is None else keep[g], on, after_last)
             if after_last is not None:
                 step = after_last
-            starts = []
+            starts = None
             if muon and squares is not None:
-                step, starts = _orthogonal(kernels.scaled_to_one(step, squares, dtype).view(3 * N, M, M))
-                step = step.view(N, 3, M, M)
+                iteration = newton_schulz(3 * N, M, dtype, k.device)
+                kernels.scaled_to_one(step, squares, iteration.x_SNMM[0])
+                step = iteration.forward().view(N, 3, M, M)
+                starts = iteration.x_SNMM[:-1].clone() if learn else None
             found = kernels.restored(wide_N[:, g], step, norms, on, after, after_narrow)
             if learn:
-                kept += [found, squares, *starts]
+                kept += [found, squares, starts]
         ctx.save_for_backward(norms, k, v, rates, keep, active, weights, narrow, momenta, *kept)
         ctx.sizes = shape, L, updates, muon
         ctx.set_materialize_grads(False)
@@ -225,7 +204,6 @@ class _Updates(torch.autograd.Function):
         momenta, dweights, dmomenta = (
             None if x is None else x.contiguous().view(N, -1, 3, M, M) for x in (momenta, dweights, dmomenta)
         )
-        each = len(kept) // max(updates, 1)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         dk[:, updates * L :], dv[:, updates * L :] = 0, 0
         drates = torch.zeros_like(rates)
@@ -234,20 +212,23 @@ class _Updates(torch.autograd.Function):
         carried_momentum = None if momenta is None else torch.zeros_like(carried)
         direct, dkeep = None, []
         for g in reversed(range(updates)):
-            found, squares, *starts = kept[g * each : (g + 1) * each]
+            found, squares, starts = kept[3 * g : 3 * g + 3]
             on = None if active is None else active[g]
             at = slice(g * L, (g + 1) * L)
-            dstep = kernels.restored_back(
+            iteration = newton_schulz(3 * N, M, dtype, k.device) if muon else None
+            dstep = torch.empty_like(narrow[:, g]) if iteration is None else iteration.dy_NMM.view(N, 3, M, M)
+            kernels.restored_back(
                 carried, direct, None if dweights is None else dweights[:, g + 1], weights[:, g + 1],
-                norms, found, on, dnorms, dtype,
+                norms, found, on, dnorms, dstep,
             )  # fmt: skip
-            along = None
-            if muon:
-                dstep = _orthogonal_back(dstep.view(3 * N, M, M), starts).view(N, 3, M, M)
-                along = kernels.inner_products(dstep, starts[0])
+            unit = along = None
+            if iteration is not None:
+                iteration.x_SNMM[:-1].copy_(starts)
+                dstep, unit = iteration.backward().view(N, 3, M, M), starts[0]
+                along = kernels.inner_products(dstep, unit)
             if muon or momenta is not None:
                 dstep, share = kernels.momentum_back(
-                    dstep, starts[0] if muon else None, squares, along,
+                    dstep, unit, squares, along,
                     None if momenta is None else momenta[:, g], None if keep is None else keep[g], on,
                     None if dmomenta is None else dmomenta[:, g + 1], carried_momentum, dtype,
                 )  # fmt: skip

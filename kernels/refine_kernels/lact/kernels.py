@@ -38,13 +38,13 @@ def product(
     transposed: bool = False,
     scale: float = 1.0,
     plus: tuple[float, Tensor] | None = None,
+    out: Tensor,
 ) -> Tensor:
-    """scale · (a @ b + more[0] @ more[1]) + plus[0] · plus[1] for square matrices [N, M, M].
+    """scale · (a @ b + more[0] @ more[1]) + plus[0] · plus[1] for square matrices [N, M, M], written to `out`.
 
     transposed: the second factor of each product is transposed. All are contiguous and of one dtype.
     """
     N, M, _ = a.shape
-    out = torch.empty_like(a)
     rows, inner, warps, stages = TILES[bool(more)]
     size = max(16, _power(M))
     rows, inner = min(rows, size), min(inner, size)
@@ -267,17 +267,15 @@ def momentum(
     return squares
 
 
-def scaled_to_one(step: Tensor, squares: Tensor, dtype: torch.dtype) -> Tensor:
-    """Each matrix of a pack over its Frobenius norm, contiguous."""
+def scaled_to_one(step: Tensor, squares: Tensor, out: Tensor) -> None:
+    """Each matrix of a pack over its Frobenius norm, written to 3 N contiguous matrices."""
     N, M = step.shape[0], step.shape[-1]
     size = _rows(M)
-    out = torch.empty(N, 3, M, M, dtype=dtype, device=step.device)
     with torch.cuda.device_of(step):
         _scale_kernel[(ceiling(M, size["BR"]), 3, N)](
             step, squares, out, step.stride(0), P=squares.shape[-1], BP=_power(squares.shape[-1]),
             **size, EPS=ORTHOGONAL_EPS,
         )  # fmt: skip
-    return out
 
 
 def restored(
@@ -372,14 +370,13 @@ def restored_back(
     found_N3M: Tensor,
     active_N: Tensor | None,
     dnorms_N3M: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
+    dstep: Tensor,
+) -> None:
     """The backward of `restored`. The gradient of `after` is carried + direct + incoming; that of `before` is written
-    over `carried`, that of the step is returned, and that of the norms is added to `dnorms_N3M`.
+    over `carried`, that of the step to `dstep`, and that of the norms is added to `dnorms_N3M`.
     """
     N, M = carried.shape[0], carried.shape[-1]
     size = _rows(M)
-    dstep = torch.empty(N, 3, M, M, dtype=dtype, device=carried.device)
     with torch.cuda.device_of(carried):
         _restore_back_kernel[(ceiling(M, size["BR"]), 3, N)](
             carried, direct, incoming, after, norms_N3M, found_N3M, active_N, dnorms_N3M, dstep,
@@ -387,7 +384,6 @@ def restored_back(
             **size, EPS=NORM_EPS, DIRECT=direct is not None, INCOMING=incoming is not None,
             ACTIVE=active_N is not None,
         )  # fmt: skip
-    return dstep
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
