@@ -216,7 +216,7 @@ class _Updates(torch.autograd.Function):
             on = None if active is None else active[g]
             at = slice(g * L, (g + 1) * L)
             iteration = newton_schulz(3 * N, M, dtype, k.device) if muon else None
-            dstep = torch.empty_like(narrow[:, g]) if iteration is None else iteration.dy_NMM.view(N, 3, M, M)
+            dstep = narrow.new_empty(N, 3, M, M) if iteration is None else iteration.dy_NMM.view(N, 3, M, M)
             kernels.restored_back(
                 carried, direct, None if dweights is None else dweights[:, g + 1], weights[:, g + 1],
                 norms, found, on, dnorms, dstep,
