@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from ntp import beside_fla
 from refine_kernels.testing import MODEL_TOLERANCE, TOLERANCE, relative_error
 from report import Row, at_least, at_most, median_seconds, peak_bytes, publish, time_row
 from shapes import SHAPES, build
@@ -55,6 +56,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args()
+    rows: list[Row] = []
+    if asked.shape == "deltanet-1b":  # the only one of the shapes that stock fla has
+        rows += beside_fla(asked.tokens, asked.documents, asked.layers, asked.repeats)
     model, exact, allowed = models(asked)
     error = check(exact, documents(exact, min(asked.tokens, 300)))
     print(f"gradients, forked from re-read: {error:.2e}", flush=True)
@@ -63,7 +67,7 @@ def main() -> None:
     del exact
     batch = documents(model, *[asked.tokens] * asked.documents)
     goals = GOALS.get(asked.shape, {})
-    rows = measure(model, batch, goals, asked.repeats)
+    rows += measure(model, batch, goals, asked.repeats)
     rows.append(at_most("gradient error, forked from re-read", error, allowed, 1, "relative"))
     name = "step" if asked.shape is None else f"step-{asked.shape}"
     print(publish(name, rows))
