@@ -163,10 +163,10 @@ else:
         dafter = draw(B, H, K, V, seed=5).detach()
         # Two forks of one state among them.
         NG = -(-N // EVERY)
-        lookup = Lookup(torch.tensor([0, B * NG - 1, 0, NG // 2]))
+        lookup = Lookup(torch.tensor([0, B * NG - 1, 0, NG // 2], device=DEVICE))
         brought = draw(4, H, K, V, dtype=dtype, seed=6).detach()
         arrivals = (lookup, lookup.summed(brought)) if forks else None
-        dgrid = torch.zeros(B * NG, H, K, V, dtype=torch.float64)
+        dgrid = torch.zeros(B * NG, H, K, V, dtype=torch.float64, device=DEVICE)
         lookup.add(brought.double(), dgrid)
         dgrid = dgrid.unflatten(0, (B, NG))
         g = None
@@ -223,7 +223,11 @@ else:
             alone.append(state_gradients(q, k, w, do, dv, own_g, dafter[b : b + 1], forks, 0.7, True))
         each_of: Any = zip(*alone, strict=True)
         for x, each, dim in zip(got, each_of, (1, 0, 1), strict=True):
-            assert x is not None and torch.equal(x, torch.cat(each, dim))
+            assert x is not None
+            if ON_GPU:  # where tiles are compiled for lengths, which changes the order of sums
+                assert_close(x, torch.cat(each, dim))
+            else:
+                assert torch.equal(x, torch.cat(each, dim))
 
     @pytest.fixture
     def fla_here(monkeypatch):

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refine_kernels.lact import kernels
-from refine_kernels.lact.newton_schulz import newton_schulz
+from refine_kernels.lact.newton_schulz import STEPS, orthogonal, orthogonal_back
 from refine_kernels.lact.reference import Chunk, FastWeights, Weights, apply
+from refine_kernels.replay import replayed
 from refine_kernels.runtime import why_no_triton
 
 __all__ = ["apply", "sweep", "update", "why_not"]
@@ -141,115 +142,196 @@ class _Boundaries:
         return lambda q_FQHK: _Read.apply(q_FQHK, packs, packs, q_FQHK.shape[1])  # pyright: ignore[reportReturnType]
 
 
-def _by_head(x_BTHK: Tensor) -> Tensor:
-    """[B·H, T, K]; without a copy where the memory is in that order."""
-    return x_BTHK.transpose(1, 2).flatten(0, 1)
-
-
 class _Updates(torch.autograd.Function):
     """The weights and momenta before each chunk and after the last: stacks, the initial ones first."""
 
     @staticmethod
     def forward(ctx, pack, momentum, norms, k, v, rates, keep, active, L, updates, muon, learn):  # pyright: ignore[reportIncompatibleMethodOverride]
         B, H, _, M, _ = pack.shape
-        N, dtype = B * H, k.dtype
-        shape = k.shape
-        k, v, rates, norms = _by_head(k), _by_head(v), rates.contiguous(), norms.flatten(0, 1).contiguous()
+        N, S, dtype, device = B * H, updates * L, k.dtype, k.device
         weights = pack.new_empty(B, H, updates + 1, 3, M, M)
         weights[:, :, 0] = pack
-        narrow = weights if pack.dtype == dtype else torch.empty_like(weights, dtype=dtype)
-        if narrow is not weights:
+        narrow = None if pack.dtype == dtype else torch.empty_like(weights, dtype=dtype)
+        if narrow is not None:
             narrow[:, :, 0] = pack
         momenta = None
         if momentum is not None:
             momenta = torch.empty_like(weights, dtype=momentum.dtype)
             momenta[:, :, 0] = momentum
-        wide_N, narrow_N = weights.view(N, -1, 3, M, M), narrow.view(N, -1, 3, M, M)
-        momenta_N = None if momenta is None else momenta.view(N, -1, 3, M, M)
-        kept = []
-        for g in range(updates):
-            after = wide_N[:, g + 1]
-            after_narrow = after if narrow is weights else narrow_N[:, g + 1]
-            last, after_last = (None, None) if momenta_N is None else (momenta_N[:, g], momenta_N[:, g + 1])
-            on = None if active is None else active[g]
-            step = _step(narrow_N[:, g], k[:, g * L : (g + 1) * L], v[:, g * L : (g + 1) * L], rates, g * L)
-            squares = None
-            if muon or last is not None:
-                squares = kernels.momentum(step, last, None if keep is None else keep[g], on, after_last)
-            if after_last is not None:
-                step = after_last
-            starts = None
-            if muon and squares is not None:
-                iteration = newton_schulz(3 * N, M, dtype, k.device)
-                kernels.scaled_to_one(step, squares, iteration.x_SNMM[0])
-                step = iteration.forward().view(N, 3, M, M)
-                starts = iteration.x_SNMM[:-1].clone() if learn else None
-            found = kernels.restored(wide_N[:, g], step, norms, on, after, after_narrow)
-            if learn:
-                kept += [found, squares, starts]
-        ctx.save_for_backward(norms, k, v, rates, keep, active, weights, narrow, momenta, *kept)
-        ctx.sizes = shape, L, updates, muon
+        found = squares = starts = None
+        if learn:
+            shares = kernels.shares(M)
+            found = torch.empty(updates, N, 3, M, dtype=torch.float32, device=device)
+            squares = found.new_empty(updates, N, 3, shares) if muon or momentum is not None else None
+            starts = k.new_empty(updates, STEPS, 3 * N, M, M) if muon else None
+        if updates:
+            given = pack, momentum, norms, _by_head(k, S), _by_head(v, S), rates[:, :S], keep, active
+            made = tuple(x if x is None else x[:, :, 1:] for x in (weights, narrow, momenta))
+            replayed(_all_updates, given, (*made, found, squares, starts), muon=muon, learn=learn, L=L)
+        ctx.save_for_backward(norms, k, v, rates, keep, active, weights, narrow, momenta, found, squares, starts)
+        ctx.sizes = L, updates, muon
         ctx.set_materialize_grads(False)
-        if narrow is weights:
-            return weights, None, momenta
-        ctx.mark_non_differentiable(narrow)
+        if narrow is not None:
+            ctx.mark_non_differentiable(narrow)
         return weights, narrow, momenta
 
     @staticmethod
     def backward(ctx, dweights, _, dmomenta):  # pyright: ignore[reportIncompatibleMethodOverride]
-        norms, k, v, rates, keep, active, weights, narrow, momenta, *kept = ctx.saved_tensors
-        (B, T, H, M), L, updates, muon = ctx.sizes
-        N, dtype = B * H, k.dtype
-        weights, narrow = weights.view(N, -1, 3, M, M), narrow.view(N, -1, 3, M, M)
-        momenta, dweights, dmomenta = (
-            None if x is None else x.contiguous().view(N, -1, 3, M, M) for x in (momenta, dweights, dmomenta)
-        )
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        dk[:, updates * L :], dv[:, updates * L :] = 0, 0
-        drates = torch.zeros_like(rates)
-        dnorms = torch.zeros_like(norms)
-        carried = torch.zeros(N, 3, M, M, dtype=torch.float32, device=k.device)
-        carried_momentum = None if momenta is None else torch.zeros_like(carried)
-        direct, dkeep = None, []
-        for g in reversed(range(updates)):
-            found, squares, starts = kept[3 * g : 3 * g + 3]
-            on = None if active is None else active[g]
-            at = slice(g * L, (g + 1) * L)
-            iteration = newton_schulz(3 * N, M, dtype, k.device) if muon else None
-            dstep = narrow.new_empty(N, 3, M, M) if iteration is None else iteration.dy_NMM.view(N, 3, M, M)
-            kernels.restored_back(
-                carried, direct, None if dweights is None else dweights[:, g + 1], weights[:, g + 1],
-                norms, found, on, dnorms, dstep,
-            )  # fmt: skip
-            unit = along = None
-            if iteration is not None:
-                iteration.x_SNMM[:-1].copy_(starts)
-                dstep, unit = iteration.backward().view(N, 3, M, M), starts[0]
-                along = kernels.inner_products(dstep, unit)
-            if muon or momenta is not None:
-                dstep, share = kernels.momentum_back(
-                    dstep, unit, squares, along,
-                    None if momenta is None else momenta[:, g], None if keep is None else keep[g], on,
-                    None if dmomenta is None else dmomenta[:, g + 1], carried_momentum, dtype,
-                )  # fmt: skip
-                dkeep.insert(0, share)
-            direct = _step_back(narrow[:, g], k[:, at], v[:, at], rates, g * L, dstep, dk[:, at], dv[:, at], drates)
-        dpack = carried if direct is None else carried + direct
-        if dweights is not None:
-            dpack = dpack + dweights[:, 0]
-        dmomentum = carried_momentum
-        if dmomentum is not None and dmomenta is not None:
-            dmomentum = dmomentum + dmomenta[:, 0]
-        return (
-            dpack.view(B, H, 3, M, M).to(weights.dtype),
-            None if dmomentum is None or momenta is None else dmomentum.view(B, H, 3, M, M).to(momenta.dtype),
-            dnorms.view(B, H, 3, M),
-            dk.view(B, H, T, M).transpose(1, 2),
-            dv.view(B, H, T, M).transpose(1, 2),
-            drates,
-            None if keep is None or not updates else torch.stack(dkeep).sum((2, 3)),
-            None, None, None, None, None,
+        norms, k, v, rates, keep, active, weights, narrow, momenta, found, squares, starts = ctx.saved_tensors
+        L, updates, muon = ctx.sizes
+        S = updates * L
+        dk, dv, drates = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v, rates))
+        for dx in (dk, dv, drates):
+            dx[:, S:] = 0
+        dpack = torch.zeros_like(weights[:, :, 0])
+        dmomentum = None if momenta is None else torch.zeros_like(momenta[:, :, 0])
+        dnorms = torch.zeros_like(norms, dtype=torch.float32)
+        dkeep = None if keep is None else torch.empty_like(keep)
+        if updates:
+            used = _by_head(k, S), _by_head(v, S), rates[:, :S]
+            made = weights, narrow, momenta, found, squares, starts
+            given = norms, *used, keep, active, *made, dweights, dmomenta
+            into = _by_head(dk, S), _by_head(dv, S), drates[:, :S], dpack, dmomentum, dnorms, dkeep
+            replayed(_all_updates_back, given, into, muon=muon, L=L)
+        else:
+            dpack += 0 if dweights is None else dweights[:, :, 0]
+            if dmomentum is not None and dmomenta is not None:
+                dmomentum += dmomenta[:, :, 0]
+        return dpack, dmomentum, dnorms, dk, dv, drates, dkeep, None, None, None, None, None
+
+
+def _by_head(x_BTHM: Tensor, S: int) -> Tensor:
+    """The first S tokens, [B, H, S, M]: a view."""
+    return x_BTHM[:, :S].transpose(1, 2)
+
+
+def _all_updates(
+    pack: Tensor,
+    momentum: Tensor | None,
+    norms_BH3M: Tensor,
+    k_BHSM: Tensor,
+    v_BHSM: Tensor,
+    rates_BSH3: Tensor,
+    keep_UN: Tensor | None,
+    active_UN: Tensor | None,
+    *,
+    L: int,
+    muon: bool,
+    learn: bool,
+) -> tuple[Tensor | None, ...]:
+    """One update after another, S / L of them.
+
+    Returns the stacks without the initial weights (in their own dtype, in that of keys where it is another, momenta),
+    and for the backward what each update found the row norms and squares of steps to be, and Newton-Schulz's starts.
+    """
+    B, H, S, M = k_BHSM.shape
+    N, updates, dtype = B * H, S // L, k_BHSM.dtype
+    k, v, rates, norms = k_BHSM.flatten(0, 1), v_BHSM.flatten(0, 1), rates_BSH3.contiguous(), norms_BH3M.flatten(0, 1)
+    weights = pack.new_empty(N, updates, 3, M, M)
+    narrow = weights if pack.dtype == dtype else torch.empty_like(weights, dtype=dtype)
+    momenta = None if momentum is None else torch.empty_like(weights, dtype=momentum.dtype)
+    starts = k.new_empty(updates if learn else 1, STEPS, 3 * N, M, M) if muon else None
+    all_found, all_squares = [], []
+    before = pack.flatten(0, 1).contiguous()
+    before_narrow = before.to(dtype)
+    last = None if momentum is None else momentum.flatten(0, 1).contiguous()
+    for g in range(updates):
+        at, on = slice(g * L, (g + 1) * L), None if active_UN is None else active_UN[g]
+        step = _step(before_narrow, k[:, at], v[:, at], rates, g * L)
+        squares = None
+        if muon or last is not None:
+            into = None if momenta is None else momenta[:, g]
+            squares = kernels.momentum(step, last, None if keep_UN is None else keep_UN[g], on, into)
+            last = into
+        if last is not None:
+            step = last
+        if starts is not None and squares is not None:
+            from_here = starts[g if learn else 0]
+            kernels.scaled_to_one(step, squares, from_here[0])
+            step = orthogonal(from_here.unbind()).view(N, 3, M, M)
+        all_found.append(kernels.restored(before, step, norms, on, weights[:, g], narrow[:, g]))
+        all_squares.append(squares)
+        before, before_narrow = weights[:, g], narrow[:, g]
+
+    def by_row(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unflatten(0, (B, H))
+
+    made = by_row(weights), None if narrow is weights else by_row(narrow), by_row(momenta)
+    if not learn:
+        return *made, None, None, None
+    return *made, torch.stack(all_found), None if all_squares[0] is None else torch.stack(all_squares), starts
+
+
+def _all_updates_back(
+    norms_BH3M: Tensor,
+    k_BHSM: Tensor,
+    v_BHSM: Tensor,
+    rates_BSH3: Tensor,
+    keep_UN: Tensor | None,
+    active_UN: Tensor | None,
+    weights: Tensor,
+    narrow: Tensor | None,
+    momenta: Tensor | None,
+    found: Tensor,
+    all_squares: Tensor | None,
+    starts: Tensor | None,
+    dweights: Tensor | None,
+    dmomenta: Tensor | None,
+    *,
+    L: int,
+    muon: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of k, v, rates, the initial weights and momenta, norms and keep, from those of the stacks."""
+    B, H, S, M = k_BHSM.shape
+    N, updates, dtype = B * H, S // L, k_BHSM.dtype
+    k, v, rates, norms = k_BHSM.flatten(0, 1), v_BHSM.flatten(0, 1), rates_BSH3.contiguous(), norms_BH3M.flatten(0, 1)
+
+    def in_one(x: Tensor | None) -> Any:
+        return None if x is None else x.contiguous().view(N, -1, 3, M, M)
+
+    weights, momenta, dweights, dmomenta = (in_one(x) for x in (weights, momenta, dweights, dmomenta))
+    narrow = weights if narrow is None else in_one(narrow)
+    assert narrow is not None
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    drates = torch.empty_like(rates, dtype=torch.float32)
+    dnorms = torch.zeros(N, 3, M, dtype=torch.float32, device=k.device)
+    carried = torch.zeros(N, 3, M, M, dtype=torch.float32, device=k.device)
+    carried_momentum = None if momenta is None else torch.zeros_like(carried)
+    direct, dkeep = None, []
+    for g in reversed(range(updates)):
+        at, on = slice(g * L, (g + 1) * L), None if active_UN is None else active_UN[g]
+        dstep = narrow.new_empty(N, 3, M, M)
+        kernels.restored_back(
+            carried, direct, None if dweights is None else dweights[:, g + 1], weights[:, g + 1], norms, found[g], on,
+            dnorms, dstep,
         )  # fmt: skip
+        unit = along = None
+        if starts is not None:
+            dstep = orthogonal_back(starts[g].unbind(), dstep.view(3 * N, M, M)).view(N, 3, M, M)
+            unit = starts[g, 0]
+            along = kernels.inner_products(dstep, unit)
+        if muon or momenta is not None:
+            dstep, share = kernels.momentum_back(
+                dstep, unit, None if all_squares is None else all_squares[g], along,
+                None if momenta is None else momenta[:, g], None if keep_UN is None else keep_UN[g], on,
+                None if dmomenta is None else dmomenta[:, g + 1], carried_momentum, dtype,
+            )  # fmt: skip
+            dkeep.insert(0, share)
+        direct = _step_back(narrow[:, g], k[:, at], v[:, at], rates, g * L, dstep, dk[:, at], dv[:, at], drates)
+    dpack, dmomentum = carried + direct, carried_momentum
+    if dweights is not None:
+        dpack += dweights[:, 0]
+    if dmomentum is not None and dmomenta is not None:
+        dmomentum = dmomentum + dmomenta[:, 0]
+    return (
+        dk.unflatten(0, (B, H)),
+        dv.unflatten(0, (B, H)),
+        drates,
+        dpack.unflatten(0, (B, H)),
+        None if dmomentum is None else dmomentum.unflatten(0, (B, H)),
+        dnorms.unflatten(0, (B, H)),
+        None if keep_UN is None else torch.stack(dkeep).sum((2, 3)),
+    )
 
 
 def _step(pack: Tensor, k: Tensor, v: Tensor, rates: Tensor, start: int) -> Tensor:
@@ -297,7 +379,7 @@ class _Read(torch.autograd.Function):
         B, T, H, M = q.shape
         ctx.save_for_backward(q, narrow)
         ctx.sizes, ctx.dtype = (L, held, narrow.shape[2]), weights.dtype
-        q = _filled(_by_head(q), *ctx.sizes)
+        q = _filled(_by_head(q, T).flatten(0, 1), *ctx.sizes)
         out = torch.empty_like(q)
         for q_g, pack, out_g in _in_chunks(narrow, L, held, q, out):
             torch.bmm(kernels.inner(torch.bmm(q_g, pack[:, : 2 * M].mT)), pack[:, 2 * M :].mT, out=out_g)
@@ -307,7 +389,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, narrow = ctx.saved_tensors
         (B, T, H, M), (L, held, _) = q.shape, ctx.sizes
-        q, dout = (_filled(_by_head(x), *ctx.sizes) for x in (q, dout))
+        q, dout = (_filled(_by_head(x, T).flatten(0, 1), *ctx.sizes) for x in (q, dout))
         dq, dweights = torch.empty_like(q), torch.empty_like(narrow)
         pieces = zip(_in_chunks(narrow, L, held, q, dout), _in_chunks(dweights, L, held, dq, dq), strict=True)
         for (q_g, pack, dout_g), (dq_g, dpack, _) in pieces:

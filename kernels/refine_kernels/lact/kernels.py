@@ -247,6 +247,11 @@ def _rows(M: int) -> dict[str, int]:
     return {"M": M, "BR": min(max(1, ELEMENTS // channels), channels), "BM": channels}
 
 
+def shares(M: int) -> int:
+    """P, how many parts a sum over one matrix comes in."""
+    return ceiling(M, _rows(M)["BR"])
+
+
 def momentum(
     step: Tensor, last: Tensor | None, keep_N: Tensor | None, active_N: Tensor | None, after: Tensor | None
 ) -> Tensor:
@@ -256,7 +261,7 @@ def momentum(
     """
     N, M = step.shape[0], step.shape[-1]
     size = _rows(M)
-    P = ceiling(M, size["BR"])
+    P = shares(M)
     squares = torch.empty(N, 3, P, dtype=torch.float32, device=step.device)
     with torch.cuda.device_of(step):
         _momentum_kernel[(P, 3, N)](
@@ -390,7 +395,7 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """Shares [N, 3, P] of ⟨a, b⟩ for the matrices of two contiguous packs."""
     N, M = a.shape[0], a.shape[-1]
     size = _rows(M)
-    P = ceiling(M, size["BR"])
+    P = shares(M)
     out = torch.empty(N, 3, P, dtype=torch.float32, device=a.device)
     with torch.cuda.device_of(a):
         _inner_products_kernel[(P, 3, N)](a, b, out, **size)
@@ -416,7 +421,7 @@ def momentum_back(
     """
     N, M = dunit.shape[0], dunit.shape[-1]
     size = _rows(M)
-    P = ceiling(M, size["BR"])
+    P = shares(M)
     dstep = torch.empty(N, 3, M, M, dtype=dtype, device=dunit.device)
     dkeep = None if last is None else torch.empty(N, 3, P, dtype=torch.float32, device=dunit.device)
     with torch.cuda.device_of(dunit):
