@@ -8,6 +8,7 @@ runs. Nothing here knows of models, training or evaluation.
 from refine_kernels.delta_rule import DeltaRule, delta_rule
 from refine_kernels.fork_attention import fork_attention
 from refine_kernels.lact import LaCT, lact
+from refine_kernels.lact_step import lact_step
 from refine_kernels.linear_head import Known, linear_head
 from refine_kernels.lookup import Lookup, Tap, tapped
 from refine_kernels.normed_heads import add_normed_heads
@@ -17,6 +18,7 @@ from refine_kernels.rotary import Turns, rotary
 from refine_kernels.shared_qkv import SharedQKV, shared_qkv
 from refine_kernels.short_conv import last_inputs, short_conv
 from refine_kernels.swiglu import swiglu, swiglu_linear
+from refine_kernels.thin_linear import thin_linear, thin_linears, thin_swiglu
 from refine_kernels.window_attention import window_attention
 from refine_kernels.window_step import window_step
 
@@ -35,6 +37,7 @@ __all__ = [
     "fork_attention",
     "gated_rms_norm",
     "lact",
+    "lact_step",
     "last_inputs",
     "linear_head",
     "picked",
@@ -46,6 +49,9 @@ __all__ = [
     "swiglu",
     "swiglu_linear",
     "tapped",
+    "thin_linear",
+    "thin_linears",
+    "thin_swiglu",
     "window_attention",
     "window_step",
 ]

@@ -35,6 +35,8 @@ def continue_from(
     for rows, read_next in branches.samplers():
         some = slice(None) if rows is None else rows
         tokens_RK[some], logprobs_RK[some] = _continued(model, read_next, hidden_RD[some], uniforms_RK[some], algorithm)
+        if rows is None:
+            branches.expect(tokens_RK.clone())  # some may change below
     return tokens_RK, logprobs_RK
 
 

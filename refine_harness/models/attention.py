@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from refine_kernels import last_inputs, rotary, window_attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from refine_harness.errors import ModelError
 from refine_harness.models.base import FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import turns
+from refine_harness.models.modules import Linear, turns
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class Attention(FastWeightLayer):
         self.heads, self.groups = spec.num_heads, spec.num_kv_heads or spec.num_heads
         self.window, self.theta = spec.window_size, spec.rope_theta
         narrow = size // self.heads * self.groups
-        self.q_proj = nn.Linear(size, size, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(size, narrow, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(size, narrow, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(size, size, bias=False)
+        self.q_proj = Linear(size, size, bias=spec.qkv_bias)
+        self.k_proj = Linear(size, narrow, bias=spec.qkv_bias)
+        self.v_proj = Linear(size, narrow, bias=spec.qkv_bias)
+        self.o_proj = Linear(size, size, bias=False)
 
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool

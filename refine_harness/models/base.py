@@ -7,6 +7,7 @@ is the whole interface to training and evaluation. `forward` gives the same to t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -97,10 +98,20 @@ class FastWeightLayer(nn.Module):
         raise NotImplementedError
 
 
-Branch = Callable[[Tensor, Rows], Tensor]
-"""Hidden states [R, K, D] of tokens read after F positions, and where they stand -> the layer's outputs.
+class Branch(ABC):
+    """How a layer reads a few tokens after F positions of a reading."""
 
-R = F·N, every position's N rows side by side. Differentiable."""
+    @abstractmethod
+    def __call__(self, x_RKD: Tensor, rows: Rows) -> Tensor:
+        """The layer's outputs [R, K, D]; R = F·N, every position's N rows side by side. Differentiable."""
+
+    @abstractmethod
+    def stand_in(self) -> Branch:
+        """The same with what it reads in memory of its own, so that it can be recorded; without gradients."""
+
+    @abstractmethod
+    def load(self, other: Branch) -> None:
+        """Make a stand-in read what another branch does, of a text that may be longer or shorter."""
 
 
 @dataclass(frozen=True)

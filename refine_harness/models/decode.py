@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from refine_harness.models.base import FastWeightLM
+from refine_harness.models.recorded import autocast_without_cache, setting_of
 from refine_harness.models.state import State
 
 KEPT = 8
@@ -129,15 +130,16 @@ def _recordable(model: FastWeightLM, state: State) -> bool:
 
 def _recorded(model: FastWeightLM, state: State) -> _Graph | None:
     """A graph for these rows, recorded now or before; None where it cannot be recorded."""
+    setting = setting_of(model, state.seen_R.device.type)
+    if setting is None:
+        return None
     kept = _DECODERS.setdefault(model, OrderedDict())
     shapes = tuple((name, x.shape, x.dtype) for layer in state.layers for name, x in layer.items())
-    where = tuple(p.data_ptr() for p in model.parameters())
-    device = state.seen_R.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    key = (hash(shapes), hash(where), model.training, autocast)
+    key = (hash(shapes), setting)
     if key not in kept:
         try:
-            kept[key] = _Graph(model, state)
+            with autocast_without_cache(state.seen_R.device.type):
+                kept[key] = _Graph(model, state)
         except RuntimeError as error:
             _log.warning("decoding without a CUDA graph: %s", str(error).splitlines()[0])
             return None

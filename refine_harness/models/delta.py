@@ -15,13 +15,13 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from refine_kernels import Lookup, Packing, delta_rule, last_inputs, short_conv, tapped
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from refine_harness.errors import ModelError
 from refine_harness.models.attention import Attention, attention_specs
 from refine_harness.models.base import FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import Block, CausalLM, GatedRMSNorm, RMSNorm, ShortConvolution
+from refine_harness.models.modules import Block, CausalLM, GatedRMSNorm, Linear, RMSNorm, ShortConvolution
 from refine_harness.models.recorded import recorded
 
 
@@ -155,9 +155,9 @@ class DeltaMixer(FastWeightLayer):
         D, self.heads = config.hidden_size, heads
         keys, values = heads.keys * heads.key_size, heads.values * heads.value_size
         self.beta_scale = 2.0 if config.allow_neg_eigval else 1.0
-        self.q_proj = nn.Linear(D, keys, bias=False)
-        self.k_proj = nn.Linear(D, keys, bias=False)
-        self.v_proj = nn.Linear(D, values, bias=False)
+        self.q_proj = Linear(D, keys, bias=False)
+        self.k_proj = Linear(D, keys, bias=False)
+        self.v_proj = Linear(D, values, bias=False)
         self.taps = config.conv_size if config.use_short_conv else 1
         self.use_short_conv = config.use_short_conv
         if config.use_short_conv:
@@ -168,9 +168,9 @@ class DeltaMixer(FastWeightLayer):
         if gate is None:
             self.o_norm = RMSNorm(heads.value_size, config.norm_eps)
         else:
-            self.g_proj = nn.Linear(D, values, bias=False)
+            self.g_proj = Linear(D, values, bias=False)
             self.o_norm = GatedRMSNorm(heads.value_size, config.norm_eps, gate)
-        self.o_proj = nn.Linear(values, D, bias=False)
+        self.o_proj = Linear(values, D, bias=False)
 
     def strengths(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
         """How strongly each token writes, beta [B, T, H], and the log decay before it, [B, T, H]; None for no decay."""

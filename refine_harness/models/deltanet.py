@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from refine_kernels import Packing, short_conv
-from torch import Tensor, nn
+from torch import Tensor
 
 from refine_harness.errors import ModelError
 from refine_harness.models.delta import DeltaConfig, DeltaLM, DeltaMixer, Heads, Options, check_options, whole
+from refine_harness.models.modules import Linear
 
 
 class DeltaNetConfig(DeltaConfig):
@@ -66,7 +67,7 @@ class DeltaNet(DeltaMixer):
         self.qk_norm, self.qk_activation = config.qk_norm, config.qk_activation
         self.use_beta = config.use_beta
         if config.use_beta:
-            self.b_proj = nn.Linear(config.hidden_size, H, bias=False)
+            self.b_proj = Linear(config.hidden_size, H, bias=False)
 
     def strengths(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.use_beta:

@@ -16,6 +16,7 @@ from transformers import initialization
 
 from refine_harness.errors import ModelError
 from refine_harness.models.delta import DeltaConfig, DeltaLM, DeltaMixer, Heads, Options, check_options, whole
+from refine_harness.models.modules import Linear
 
 
 class GatedDeltaNetConfig(DeltaConfig):
@@ -57,8 +58,8 @@ class GatedDeltaNet(DeltaMixer):
         value_size = whole(config.head_dim * config.expand_v, "head_dim times expand_v")
         gate = config.output_gate_activation if config.use_gate else None
         super().__init__(config, Heads(G, H, config.head_dim, value_size), gate)
-        self.a_proj = nn.Linear(config.hidden_size, H, bias=False)
-        self.b_proj = nn.Linear(config.hidden_size, H, bias=False)
+        self.a_proj = Linear(config.hidden_size, H, bias=False)
+        self.b_proj = Linear(config.hidden_size, H, bias=False)
         self.A_log = nn.Parameter(torch.empty(H))
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.reset_decay()

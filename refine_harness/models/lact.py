@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +20,21 @@ from refine_kernels import (
     SharedQKV,
     add_normed_heads,
     fork_attention,
+    lact_step,
     last_inputs,
     shared_qkv,
+    thin_linears,
     window_attention,
     window_step,
 )
-from refine_kernels.lact import Chunk, FastWeights, LaCT, Place, Weights, lact, row_norms
+from refine_kernels.fork_attention import Elsewhere
+from refine_kernels.lact import Chunk, FastWeights, LaCT, Place, Reader, Weights, lact, row_norms
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from refine_harness.errors import ModelError
 from refine_harness.models.base import Branch, FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import Block, CausalLM, RMSNorm, turns
+from refine_harness.models.modules import Block, CausalLM, Linear, RMSNorm, hooked, plain, thin, turns
 
 HEAD_NORM_EPS = 1e-5
 """Of the norms inside a layer: fla's default, which the published code leaves as it is."""
@@ -196,6 +200,18 @@ class LowRank(nn.Module):
         return w + 0.5 * torch.eye(*w.shape[-2:], device=w.device, dtype=w.dtype)
 
 
+class Controls(NamedTuple):
+    """What each token says of how its chunk is learned and how loud the fast weights are."""
+
+    rates_BTX: Tensor
+    """Learning rates of all heads before softplus, X = H · 3 or H · 3 K."""
+    momentum_BTH: Tensor | None
+    gate_BTH: Tensor | None
+    """Before silu."""
+    raw: bool
+    """Whether momentum is what the projection gives; else it has gone through the sigmoid."""
+
+
 class LaCTMixer(FastWeightLayer):
     """The token mixer: attention to a window plus a reading of the fast weights."""
 
@@ -205,11 +221,11 @@ class LaCTMixer(FastWeightLayer):
         D, H = config.hidden_size, config.num_lact_heads
         K = D // H
         M, rank = int(K * config.inter_multi), config.w0_w2_low_rank
-        self.qkv = nn.Linear(D, 3 * D, bias=config.qkv_bias)
+        self.qkv = Linear(D, 3 * D, bias=config.qkv_bias)
         if config.attn_qk_norm:
             self.q_norm = RMSNorm(D, HEAD_NORM_EPS)
             self.k_norm = RMSNorm(D, HEAD_NORM_EPS)
-        self.o_proj = nn.Linear(D, D, bias=False)
+        self.o_proj = Linear(D, D, bias=False)
         if rank > 0:
             self.w0 = LowRank(H, M, K, rank, config.fw_init_gain)
             self.w2 = LowRank(H, M, K, rank, config.fw_init_gain)
@@ -217,14 +233,14 @@ class LaCTMixer(FastWeightLayer):
             self.w0 = nn.Parameter(torch.empty(H, M, K))
             self.w2 = nn.Parameter(torch.empty(H, M, K))
         self.w1 = nn.Parameter(torch.empty(H, K, M))
-        self.lr_proj = nn.Linear(D, 3 * config.lr_dim * H)
+        self.lr_proj = Linear(D, 3 * config.lr_dim * H)
         self.qk_scale = nn.Parameter(torch.empty(D, 2))
         self.qk_offset = nn.Parameter(torch.empty(D, 2))
         if config.learnable_ttt_scale:
-            self.ttt_scale_proj = nn.Linear(D, H)
+            self.ttt_scale_proj = Linear(D, H)
         self.ttt_norm = RMSNorm(K, HEAD_NORM_EPS)
         if config.use_momentum:
-            self.momentum_proj = nn.Sequential(nn.Linear(D, H), nn.Sigmoid())
+            self.momentum_proj = nn.Sequential(Linear(D, H), nn.Sigmoid())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -243,13 +259,23 @@ class LaCTMixer(FastWeightLayer):
         State: the fast weights and what their updates carry along, the unfinished chunk in buffers of L tokens, and
         the last W - 1 keys and values of attention, right-aligned. Its shapes are the same after any text.
         """
-        read_by = self._projected(x_BTD, rows)
+        qkv_BTX, said = self._linear(x_BTD)
+        read_by = self.used_twice(qkv_BTX, rows)
         attended_BTD, window, tape = self._attend(read_by, state, rows)
-        read = self._read_fast_weights(x_BTD, read_by, state, rows, forkable)
-        gate_BTH = rows.spread(self.ttt_scale_proj(x_BTD)) if self.config.learnable_ttt_scale else None
-        y_BTD = add_normed_heads(attended_BTD, read.outputs_BTHV, self.ttt_norm.weight, gate_BTH, self.ttt_norm.eps)
-        after = {**_as_tensors(read.fast, read.unfinished), **window}
-        return self.o_proj(rows.packed(y_BTD)), after, {"read": read, "before": state, **tape} if forkable else None
+        if "place" not in rows.memo:
+            assert rows.seen is not None
+            rows.memo["place"] = Place(rows.seen_B, rows.seen, rows.lengths_B, rows.lengths)
+        place: Place = rows.memo["place"]
+        goes_on = rows.T == 1 and not any(place.ends(self.config.lact_chunk_size))
+        if state is not None and rows.in_place and goes_on and said.raw:
+            outputs_BTHV, after = self._step(read_by, said, state, place), state | window
+        else:
+            read = self._read_fast_weights(read_by, said, state, rows, place, forkable)
+            outputs_BTHV, after = read.outputs_BTHV, {**_as_tensors(read.fast, read.unfinished), **window}
+            tape = {"read": read, "before": state, **tape}
+        gate_BTH = None if said.gate_BTH is None else rows.spread(said.gate_BTH)
+        y_BTD = add_normed_heads(attended_BTD, outputs_BTHV, self.ttt_norm.weight, gate_BTH, self.ttt_norm.eps)
+        return self.o_proj(rows.packed(y_BTD)), after, tape if forkable else None
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The weights of the chunks completed so far, the tokens since, and the window: all of it is on the tape."""
@@ -258,33 +284,34 @@ class LaCTMixer(FastWeightLayer):
 
     def branch(self, tape: Tape, positions_BC: Tensor) -> Branch:
         """Only each position's fast weights are copied; its rows share them, and the window stays where it is."""
-        F, config = positions_BC.numel(), self.config
-        read_fast_weights = tape["read"].reader_at(positions_BC)
         keys_BTAI, values_BTAI = (
-            tape[name].unflatten(-1, (config.num_attn_heads, -1)) for name in ("window_keys", "window_values")
+            tape[name].unflatten(-1, (self.config.num_attn_heads, -1)) for name in ("window_keys", "window_values")
         )
+        return _MixerBranch(self, tape["read"].reader_at(positions_BC), keys_BTAI, values_BTAI, positions_BC)
 
-        def read(x_RKD: Tensor, rows: Rows) -> Tensor:
-            def by_fork(x_RKX: Tensor) -> Tensor:
-                return x_RKX.reshape(F, -1, *x_RKX.shape[2:])
+    def _linear(self, x_BTD: Tensor) -> tuple[Tensor, Controls]:
+        """Queries, keys and values side by side, and what the small projections say.
 
-            q_RKAI, k_RKAI, v_RKD, fast_q_RKHE = self._projected(x_RKD, rows)[:4]
-            attended_FQAI = fork_attention(
-                by_fork(q_RKAI), by_fork(k_RKAI), by_fork(v_RKD.view_as(k_RKAI)), keys_BTAI, values_BTAI, positions_BC,
-                length=rows.T, window=config.window_size,
-            )  # fmt: skip
-            read_FQHE = read_fast_weights(by_fork(fast_q_RKHE))
-            gate_FQH = by_fork(self.ttt_scale_proj(x_RKD)) if config.learnable_ttt_scale else None
-            norm = self.ttt_norm
-            y_FQD = add_normed_heads(attended_FQAI.flatten(2), read_FQHE, norm.weight, gate_FQH, norm.eps)
-            return self.o_proj(y_FQD.view_as(x_RKD))
+        These have so few outputs that their products cost far more than reading the tokens: without adapters they are
+        one, with outputs filled up to a number that matrix units take.
+        """
+        scaled, kept = self.config.learnable_ttt_scale, self.config.use_momentum
+        small = [self.lr_proj, *([self.ttt_scale_proj] if scaled else ()), *([self.momentum_proj[0]] if kept else ())]
+        if (kept and hooked(self.momentum_proj)) or not all(map(plain, small)):
+            momentum_BTH = self.momentum_proj(x_BTD) if kept else None
+            gate_BTH = self.ttt_scale_proj(x_BTD) if scaled else None
+            return self.qkv(x_BTD), Controls(self.lr_proj(x_BTD), momentum_BTH, gate_BTH, raw=not kept)
+        maps = [(of.weight, of.bias) for of in cast(Sequence[nn.Linear], (self.qkv, *small))]
+        if thin(x_BTD, self.qkv, *small):
+            qkv_BTX, *said = thin_linears(x_BTD, maps)
+        else:
+            qkv_BTX, said = self.qkv(x_BTD), _joined(x_BTD, maps[1:])
+        return qkv_BTX, Controls(said[0], said[-1] if kept else None, said[1] if scaled else None, raw=True)
 
-        return read
-
-    def _projected(self, x_BTD: Tensor, rows: Rows) -> SharedQKV:
+    def used_twice(self, qkv_BTX: Tensor, rows: Rows) -> SharedQKV:
         """Queries, keys and values for attention and for the fast weights, in rows."""
         config = self.config
-        qkv_BT3D = self.qkv(x_BTD).unflatten(-1, (3, -1))
+        qkv_BT3D = qkv_BTX.unflatten(-1, (3, -1))
         if config.attn_qk_norm:
             q_BTD, k_BTD, v_BTD = qkv_BT3D.unbind(2)
             qkv_BT3D = torch.stack((self.q_norm(q_BTD), self.k_norm(k_BTD), v_BTD), 2)
@@ -335,27 +362,44 @@ class LaCTMixer(FastWeightLayer):
         }
 
     def _read_fast_weights(
-        self, x_BTD: Tensor, read_by: SharedQKV, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
+        self,
+        read_by: SharedQKV,
+        said: Controls,
+        state: dict[str, Tensor] | None,
+        rows: Rows,
+        place: Place,
+        forkable: bool,
     ) -> LaCT:
         """Each token's chunk read with the fast weights that the chunks before it left."""
-        config, H = self.config, self.config.num_lact_heads
-        rates_BTHX = rows.spread(F.softplus(_wide(self.lr_proj(x_BTD)) + RATE_BIAS)).unflatten(-1, (H, -1))
-        momentum_BTH = rows.spread(self.momentum_proj(x_BTD)) if config.use_momentum else None
-        if "place" not in rows.memo:
-            assert rows.seen is not None
-            rows.memo["place"] = Place(rows.seen_B, rows.seen, rows.lengths_B, rows.lengths)
+        config = self.config
+        rates_BTX = rows.spread(F.softplus(_wide(said.rates_BTX) + RATE_BIAS))
+        rates_BTHX = rates_BTX.unflatten(-1, (config.num_lact_heads, -1))
+        momentum_BTH = said.momentum_BTH
+        if momentum_BTH is not None:
+            momentum_BTH = rows.spread(momentum_BTH.sigmoid() if said.raw else momentum_BTH)
         return lact(
             read_by.fast_q_BTHK,
             Chunk(read_by.fast_k_BTHK, read_by.fast_v_BTHK, rates_BTHX, momentum_BTH),
             self._initial(len(rows.lengths)) if state is None else _fast_weights(state),
             None if state is None else _unfinished(state),
-            rows.memo["place"],
+            place,
             chunk_size=config.lact_chunk_size,
             muon=config.use_muon,
             joint=config.use_fused_kernel,
             boundaries=forkable,
             in_place=rows.in_place,
         )
+
+    def _step(self, read_by: SharedQKV, said: Controls, state: dict[str, Tensor], place: Place) -> Tensor:
+        """Outputs [B, 1, H, V] of one token that ends no row's chunk, which is put into the chunk of the state."""
+        q_BHK, k_BHK, v_BHV = (x[:, 0] for x in read_by[3:])
+        rates_BHX = said.rates_BTX[:, 0].unflatten(-1, (self.config.num_lact_heads, -1))
+        momentum_BH = None if said.momentum_BTH is None else said.momentum_BTH[:, 0]
+        outputs_BHV = lact_step(
+            q_BHK, k_BHK, v_BHV, rates_BHX, momentum_BH, _fast_weights(state).weights, _unfinished(state),
+            place.held_B(self.config.lact_chunk_size), rate_bias=RATE_BIAS,
+        )  # fmt: skip
+        return outputs_BHV[:, None]
 
     def _initial(self, B: int) -> FastWeights:
         """The fast weights of B texts that begin here."""
@@ -372,6 +416,70 @@ class LaCTMixer(FastWeightLayer):
             else None,
             _repeated(norms, B),
         )
+
+
+ALIGNED = 8
+"""Outputs of a matrix product come in multiples of so many: 16 bytes of a narrow dtype."""
+
+
+def _joined(x: Tensor, maps: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    """x @ weight^T + bias for each, as one product with all weights and zeros up to an aligned number of outputs."""
+    weights, biases = zip(*maps, strict=True)
+    sizes = [len(w) for w in weights]
+    fill = -sum(sizes) % ALIGNED
+    weight = torch.cat((*weights, weights[0].new_zeros(fill, x.shape[-1])))
+    bias = torch.cat((*biases, biases[0].new_zeros(fill)))
+    return F.linear(x, weight, bias).split((*sizes, fill), -1)[:-1]
+
+
+@dataclass(frozen=True)
+class _MixerBranch(Branch):
+    mixer: LaCTMixer
+    fast_weights: Reader
+    keys_BTAI: Tensor | Elsewhere
+    values_BTAI: Tensor | Elsewhere
+    positions_BC: Tensor
+
+    def __call__(self, x_RKD: Tensor, rows: Rows) -> Tensor:
+        F, mixer, config = self.positions_BC.numel(), self.mixer, self.mixer.config
+
+        def by_fork(x_RKX: Tensor) -> Tensor:
+            return x_RKX.reshape(F, -1, *x_RKX.shape[2:])
+
+        q_RKAI, k_RKAI, v_RKD, fast_q_RKHE = mixer.used_twice(mixer.qkv(x_RKD), rows)[:4]
+        attended_FQAI = fork_attention(
+            by_fork(q_RKAI), by_fork(k_RKAI), by_fork(v_RKD.view_as(k_RKAI)), self.keys_BTAI, self.values_BTAI,
+            self.positions_BC, length=rows.T, window=config.window_size,
+        )  # fmt: skip
+        read_FQHE = self.fast_weights(by_fork(fast_q_RKHE))
+        gate_FQH = by_fork(mixer.ttt_scale_proj(x_RKD)) if config.learnable_ttt_scale else None
+        norm = mixer.ttt_norm
+        y_FQD = add_normed_heads(attended_FQAI.flatten(2), read_FQHE, norm.weight, gate_FQH, norm.eps)
+        return mixer.o_proj(y_FQD.view_as(x_RKD))
+
+    def stand_in(self) -> Branch:
+        keys_BTAI, values_BTAI = self._window
+        return replace(
+            self,
+            fast_weights=self.fast_weights.stand_in(),
+            keys_BTAI=Elsewhere.like(keys_BTAI),
+            values_BTAI=Elsewhere.like(values_BTAI),
+            positions_BC=self.positions_BC.clone(),
+        )
+
+    def load(self, other: Branch) -> None:
+        assert isinstance(other, _MixerBranch)
+        assert isinstance(self.keys_BTAI, Elsewhere) and isinstance(self.values_BTAI, Elsewhere)
+        keys_BTAI, values_BTAI = other._window
+        self.keys_BTAI.point_to(keys_BTAI)
+        self.values_BTAI.point_to(values_BTAI)
+        self.fast_weights.load(other.fast_weights)
+        self.positions_BC.copy_(other.positions_BC)
+
+    @property
+    def _window(self) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.keys_BTAI, Tensor) and isinstance(self.values_BTAI, Tensor)
+        return self.keys_BTAI.detach(), self.values_BTAI.detach()
 
 
 def _repeated(weights: Weights, B: int) -> Weights:

@@ -6,15 +6,60 @@ Names and shapes of parameters are flash-linear-attention's, which the published
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
-from refine_kernels import Turns, add_rms_norm, gated_rms_norm, rms_norm, swiglu, swiglu_linear
+from refine_kernels import (
+    Turns,
+    add_rms_norm,
+    gated_rms_norm,
+    rms_norm,
+    swiglu,
+    swiglu_linear,
+    thin_linear,
+    thin_swiglu,
+)
 from refine_kernels.rotary import turns as angles
+from refine_kernels.runtime import compute_dtype
+from refine_kernels.thin_linear import FEW
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
 from refine_harness.models.base import Branch, FastWeightLayer, FastWeightLM, Rows, Tape
+
+
+class Linear(nn.Linear):
+    """torch's linear map, with kernels of our own where it reads a few tokens without gradients."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return thin_linear(input, self.weight, self.bias) if thin(input, self) else super().forward(input)
+
+
+def plain(layer: nn.Module) -> bool:
+    """Whether a layer is a linear map and nothing else, so that its weights tell all of it.
+
+    An adapter in its place is none, nor is a layer whose calls someone watches or changes by a hook.
+    """
+    return type(layer) in (Linear, nn.Linear) and not hooked(layer)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its `forward`."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return any(hooks)
+
+
+def thin(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether `thin_linear` computes what these layers make of x: they are plain, and there are few rows, no gradients
+    and one dtype."""
+    if torch.is_grad_enabled() or x.numel() > FEW * x.shape[-1]:
+        return False
+    return compute_dtype(x) == x.dtype and all(plain(of) and _weight(of).dtype == x.dtype for of in layers)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return cast(nn.Linear, layer).weight
 
 
 class RMSNorm(nn.Module):
@@ -68,13 +113,15 @@ class GatedMLP(nn.Module):
         size = config.intermediate_size
         if size is None:
             size = -(-int(D * (config.hidden_ratio or 4) * 2 / 3) // 256) * 256
-        self.gate_proj = nn.Linear(D, size, bias=False)
-        self.up_proj = nn.Linear(D, size, bias=False)
-        self.down_proj = nn.Linear(size, D, bias=False)
+        self.gate_proj = Linear(D, size, bias=False)
+        self.up_proj = Linear(D, size, bias=False)
+        self.down_proj = Linear(size, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if thin(x, self.gate_proj, self.up_proj):
+            return self.down_proj(thin_swiglu(x, self.gate_proj.weight, self.up_proj.weight))
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if type(self.down_proj) is nn.Linear:
+        if plain(self.down_proj):
             return swiglu_linear(gate, up, self.down_proj.weight)
         return self.down_proj(swiglu(gate, up))  # an adapter stands in its place
 
@@ -102,9 +149,10 @@ class Block(FastWeightLayer):
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
         y_BTD, after, tape = self.attn(self.attn_norm(x_BTD), state, rows, forkable)
-        return self._with_mlp(y_BTD, x_BTD), after, tape
+        return self.with_mlp(y_BTD, x_BTD), after, tape
 
-    def _with_mlp(self, y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+    def with_mlp(self, y_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+        """The block's output from its mixer's and its input."""
         y_BTD, x_BTD = self.mlp_norm(y_BTD, x_BTD)
         return x_BTD + self.mlp(y_BTD)
 
@@ -112,8 +160,24 @@ class Block(FastWeightLayer):
         return self.attn.fork(tape, positions_BC)
 
     def branch(self, tape: Tape, positions_BC: Tensor) -> Branch:
-        mixed = self.attn.branch(tape, positions_BC)
-        return lambda x_RKD, rows: self._with_mlp(mixed(self.attn_norm(x_RKD), rows), x_RKD)
+        return _BlockBranch(self, self.attn.branch(tape, positions_BC))
+
+
+@dataclass(frozen=True)
+class _BlockBranch(Branch):
+    block: Block
+    mixer: Branch
+
+    def __call__(self, x_RKD: Tensor, rows: Rows) -> Tensor:
+        block = self.block
+        return block.with_mlp(self.mixer(block.attn_norm(x_RKD), rows), x_RKD)
+
+    def stand_in(self) -> Branch:
+        return _BlockBranch(self.block, self.mixer.stand_in())
+
+    def load(self, other: Branch) -> None:
+        assert isinstance(other, _BlockBranch)
+        self.mixer.load(other.mixer)
 
 
 class Backbone(nn.Module):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -42,6 +43,21 @@ def recorded(model: nn.Module, name: str, piece: Piece, inputs: Sequence[Tensor]
     return recording.run(inputs)
 
 
+def setting_of(model: nn.Module, device: str) -> Hashable | None:
+    """What a recording of the model depends on besides its inputs; None where it cannot be recorded."""
+    parameters = list(model.parameters())
+    if any(type(p) not in (nn.Parameter, Tensor) for p in parameters):  # sharded ones come and go
+        return None
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return hash(tuple((id(p), p.data_ptr(), p.requires_grad) for p in parameters)), model.training, autocast
+
+
+def autocast_without_cache(device: str) -> AbstractContextManager[Any]:
+    """Autocast as it is now, but weights are cast by each recording for itself: what is cached is freed and made again,
+    elsewhere and of other weights, behind a recording's back."""
+    return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False)
+
+
 class _Run:
     """Lives as long as the graph of one run."""
 
@@ -61,8 +77,7 @@ class _Recording:
             given, parameters = tensors[: len(samples)], tensors[len(samples) :]
             return torch.func.functional_call(of_model, dict(zip(names, parameters, strict=True)), given)
 
-        device = inputs[0].device.type
-        with torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False):
+        with autocast_without_cache(inputs[0].device.type):
             self._call: Any = torch.cuda.make_graphed_callables(
                 call, (*samples, *stand_ins), num_warmup_iters=WARM_UP, allow_unused_input=True
             )
@@ -104,18 +119,11 @@ _RECORDINGS: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, _Recording | None
 def _find(model: nn.Module, name: str, piece: Piece, inputs: Sequence[Tensor]) -> _Recording | None:
     if inputs[0].device.type != "cuda" or not torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
         return None
-    parameters = list(model.parameters())
-    if any(type(p) not in (nn.Parameter, Tensor) for p in parameters):  # sharded ones come and go
+    setting = setting_of(model, inputs[0].device.type)
+    if setting is None:
         return None
     kept = _RECORDINGS.setdefault(model, OrderedDict())
-    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    key = (
-        name,
-        tuple((x.shape, x.dtype, x.requires_grad) for x in inputs),
-        hash(tuple((id(p), p.data_ptr(), p.requires_grad) for p in parameters)),
-        model.training,
-        autocast,
-    )
+    key = (name, tuple((x.shape, x.dtype, x.requires_grad) for x in inputs), setting)
     if key not in kept:
         try:
             kept[key] = _Recording(model, piece, inputs)

@@ -2,23 +2,46 @@
 
 import pytest
 import torch
+from refine_kernels import replay
 
 from refine_harness.algorithm import refine_step
 from refine_harness.config import Algorithm
-from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM, recorded
+from refine_harness.models import (
+    DeltaNetConfig,
+    DeltaNetForCausalLM,
+    LaCTForCausalLM,
+    LaCTSWIGLUConfig,
+    branches,
+    decode,
+    recorded,
+)
 from refine_harness.types import Batch
 
 pytestmark = pytest.mark.gpu
 ALGORITHM = Algorithm(rollouts_from="step", rollouts=2, group="position")
 
 
-@pytest.fixture(scope="module")
-def model():
+SIZES = {"num_hidden_layers": 2, "vocab_size": 300, "intermediate_size": 256, "initializer_range": 0.1}
+MODELS = {
+    "DeltaNet": lambda: DeltaNetForCausalLM(DeltaNetConfig(hidden_size=256, num_heads=2, **SIZES)),
+    "LaCT": lambda: LaCTForCausalLM(
+        LaCTSWIGLUConfig(
+            hidden_size=128,
+            num_attn_heads=2,
+            num_lact_heads=1,
+            lact_chunk_size=64,
+            window_size=40,
+            use_muon=True,
+            **SIZES,
+        )
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
     torch.manual_seed(0)
-    config = DeltaNetConfig(
-        hidden_size=256, num_heads=2, num_hidden_layers=2, vocab_size=300, intermediate_size=256, initializer_range=0.1
-    )
-    return torch.nn.Module.to(DeltaNetForCausalLM(config), "cuda", torch.bfloat16).train()
+    return torch.nn.Module.to(MODELS[request.param](), "cuda", torch.bfloat16).train()
 
 
 def document(seed):
@@ -41,8 +64,12 @@ def gradients(model, *losses):
 def test_replayed_is_run(model, monkeypatch):
     loss(model, 0).backward()
     got = [gradients(model, loss(model, seed)) for seed in (1, 2)]  # replays, of other texts at other positions
-    assert any(kept for kept in recorded._RECORDINGS[model].values())
+    made = branches._SAMPLINGS if isinstance(model, LaCTForCausalLM) else recorded._RECORDINGS
+    assert any(kept for kept in made[model].values())
     monkeypatch.setattr(recorded, "_find", lambda *_: None)
+    monkeypatch.setattr(replay, "_find", lambda *_: None)
+    monkeypatch.setattr(branches, "_recorded", lambda *_: None)
+    monkeypatch.setattr(decode, "_recordable", lambda *_: False)
     for seed, grads in zip((1, 2), got, strict=True):
         for name, want in gradients(model, loss(model, seed)).items():
             torch.testing.assert_close(grads[name], want, rtol=0, atol=0, msg=name)
@@ -55,3 +82,20 @@ def test_a_step_before_the_backward_of_another_runs_without_the_recording(model)
         loss(model, seed).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(together[name], p.grad, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_recordings_read_the_weights_as_they_are_under_autocast(kind):
+    """What was sampled, from recordings, and what is learned, without, are one policy, however the weights change."""
+    torch.manual_seed(0)
+    model = MODELS[kind]().to("cuda").train()
+    for seed in range(4):
+        with torch.autocast("cuda", torch.bfloat16):
+            rng = [torch.Generator().manual_seed(row) for row in range(2)]
+            losses = refine_step(model, document(seed), ALGORITHM, rng)
+        assert losses.told["sampling_gap"] < 0.1
+        model.zero_grad()
+        (losses.ntp_sum / losses.ntp_count).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * p.abs().mean() * torch.randn_like(p))

@@ -44,6 +44,7 @@ else:
         window_step,
     )
     from refine_kernels.delta_rule.fused import EVERY, state_gradients
+    from refine_kernels.fork_attention import Elsewhere
     from refine_kernels.lact import Chunk, FastWeights, Place, lact, row_norms
     from refine_kernels.lact.reference import map_chunk
     from refine_kernels.linear_head import fused as head
@@ -147,7 +148,8 @@ else:
 
         def both(hidden, weight, impl):
             logprob, entropy, _ = linear_head(hidden, weight, labels, impl=impl)
-            return (logprob, entropy + 0 * logprob)  # the entropy alone carries no gradient
+            both = (logprob, entropy + 0 * logprob)  # the entropy alone carries no gradient
+            return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in both)  # as exact as the products
 
         compare(both, [draw(M, D, dtype=dtype), draw(V, D, dtype=dtype, seed=2)])
 
@@ -189,10 +191,11 @@ else:
             if forks and n % EVERY == 0:
                 S = S + dgrid[:, n // EVERY]
         loose = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        assert_close(dh, torch.stack(wanted_dh, 1), "states")
-        assert_close(dv2, torch.cat(wanted_dv, 1), "what was written")
+        wider = 100.0 if ON_GPU and dtype == torch.float32 else 1.0  # products of float32 are rounded to 10 bits there
+        assert_close(dh, torch.stack(wanted_dh, 1), "states", wider=wider)
+        assert_close(dv2, torch.cat(wanted_dv, 1), "what was written", wider=wider)
         assert dstart is not None
-        assert_close(dstart.to(loose), S, "first state")
+        assert_close(dstart.to(loose), S, "first state", wider=wider)
 
     @dtypes
     @pytest.mark.parametrize("decay", (False, True))
@@ -334,16 +337,21 @@ else:
         positions = torch.tensor([[-1, 0, 63, 130], [64, 64, 129, 100]], device=DEVICE)
         H, D, T = 2, 20, 131
         own = [draw(8, N * K, H, D, dtype=dtype, seed=i) for i in range(3)]
-        text = [draw(2, T, H, D, dtype=dtype, seed=i) for i in range(2)]
+        text = [draw(2, T, H, D, dtype=dtype), draw(2, T, 3, H, D, dtype=dtype, seed=1)[:, :, 2]]
 
         def op(q, k, v, text_k, text_v, *, impl):
             return fork_attention(q, k, v, text_k, text_v, positions, length=K, window=window, impl=impl)
 
         compare(op, [*own, *text])
         with torch.no_grad():
-            text[0][1, 130:], text[1][1, 130:] = torch.nan, torch.nan
+            for x in text:
+                x[1, 130:] = torch.nan
             got = op(own[0], own[1], own[2], text[0], text[1], impl="fused")
-        assert got.isfinite().all()
+            assert got.isfinite().all()
+            elsewhere = [Elsewhere.like(draw(2, 7, H, D, dtype=dtype).detach()) for _ in range(2)]
+            for place, x in zip(elsewhere, text, strict=True):
+                place.point_to(x.detach())
+            assert torch.equal(got, op(own[0], own[1], own[2], elsewhere[0], elsewhere[1], impl="fused"))
 
     @dtypes
     @pytest.mark.parametrize(("P", "D"), [(0, 4), (1, 4), (5, 20), (64, 8), (129, 6), (2100, 2)])

@@ -109,7 +109,7 @@ def test_the_cache_that_forward_returns_is_a_state_to_go_on_from(model):
 
 @each_model
 def test_lora_trains_its_adapters_and_merges_into_the_same_outputs(model):
-    linear = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear} - {"lm_head"}
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     assert {name for name, module in model.named_modules() if hasattr(module, "lora_A")} == linear
     adapted.double()

@@ -346,3 +346,77 @@ def test_a_step_in_place_writes_one_token_and_makes_no_state(model):
     after = model.read(text[:, 20:21], state, forkable=False, in_place=True).state
     for layer, given, at in zip(after.layers, state.layers, where, strict=True):
         assert all(x is given[name] and x.data_ptr() == at[name] for name, x in layer.items())
+
+
+IN_PLACE = {
+    **LACT_OPTIONS,
+    "bare": {"use_momentum": False, "learnable_ttt_scale": False},
+    "wide states": {"fp32_states": True, "w0_w2_low_rank": 3},
+    "narrow": {"inter_multi": 0.5},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize("watched", (False, True))
+def test_steps_in_place_are_a_reading_wherever_the_rows_stand(options, watched):
+    """Rows come to the ends of their chunks one by one. Who watches a projection is called, and changes nothing."""
+    torch.manual_seed(0)
+    model, calls = lact(**options)(), []
+    torch.nn.Module.to(model, torch.float64)
+    text, first, steps = tokens(4, 60), torch.tensor((1, 15, 16, 31)), 20
+    begun = torch.arange(4)[:, None]
+    rest = text[begun, first[:, None] + torch.arange(steps)]
+    reading = model.read(text, lengths=first, forkable=False)
+    want = model.read(rest, reading.state)
+    state = reading.state.clone()
+    if watched:
+        for part in model.modules():
+            if isinstance(part, torch.nn.Linear):
+                part.register_forward_hook(lambda part, *_: calls.append(part))
+    for t in range(steps):
+        got = model.read(rest[:, t : t + 1], state, forkable=False, in_place=True)
+        state = got.state
+        assert_close(got.hidden[:, 0], want.hidden[:, t])
+    states_equal(state, want.state)
+    assert len(calls) == watched * steps * len([p for p in model.modules() if isinstance(p, torch.nn.Linear)][:-1])
+
+
+@torch.no_grad()
+def test_a_step_in_place_after_no_token_is_the_first(model):
+    text = tokens(2, 3)
+    state = model.read(text).states_at(torch.tensor([[-1], [0]])).detach().clone()
+    got = model.read(text[:, 1:2], state, forkable=False, in_place=True)
+    assert_close(got.hidden[0], model.read(text[:1, 1:2]).hidden[0])
+    assert_close(got.hidden[1], model.read(text[1:, :2]).hidden[0, 1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", (1, 40))
+@each_variant
+def test_small_projections_are_one_product_and_say_what_each_says(model, T):
+    for layer in model.layers:
+        mixer, x = layer.attn, torch.randn(2, T, 16, dtype=torch.float64)
+        qkv, said = mixer._linear(x)
+        assert said.raw
+        assert_close(qkv, mixer.qkv(x))
+        assert_close(said.rates_BTX, mixer.lr_proj(x))
+        assert (said.momentum_BTH is None) == (not model.config.use_momentum)
+        assert (said.gate_BTH is None) == (not model.config.learnable_ttt_scale)
+        if said.momentum_BTH is not None:
+            assert_close(said.momentum_BTH, mixer.momentum_proj[0](x))
+        if said.gate_BTH is not None:
+            assert_close(said.gate_BTH, mixer.ttt_scale_proj(x))
+
+
+def test_who_watches_the_momentum_is_heard():
+    """As the test of recorded values rounds it."""
+    model = build("lact_muon")
+    text, heard = tokens(2, 20), []
+    want = model.read(text).hidden
+    for name, module in model.named_modules():
+        if name.endswith("momentum_proj"):
+            module.register_forward_hook(lambda _, __, output: heard.append(output) or output.clone())
+    assert_close(model.read(text).hidden, want)
+    assert len(heard) == len(model.layers)
+    assert all(bool((x > 0).all() and (x < 1).all()) for x in heard)

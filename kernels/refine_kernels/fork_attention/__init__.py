@@ -5,16 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from refine_kernels.choose import Impl, choose
+from refine_kernels.fork_attention.elsewhere import Elsewhere
 
-__all__ = ["fork_attention"]
+__all__ = ["Elsewhere", "fork_attention"]
 
 
 def fork_attention(
     q_FQHD: Tensor,
     k_FQHD: Tensor,
     v_FQHD: Tensor,
-    keys_BTHD: Tensor,
-    values_BTHD: Tensor,
+    keys_BTHD: Tensor | Elsewhere,
+    values_BTHD: Tensor | Elsewhere,
     positions_BC: Tensor,
     *,
     length: int,
@@ -30,7 +31,8 @@ def fork_attention(
     Args:
         q_FQHD, k_FQHD, v_FQHD: of the continuations, any float dtype; the softmax runs in float32 or wider.
         keys_BTHD, values_BTHD: of the texts, which begin at token 0. Tokens after a row's last position are not looked
-            at, and may be anything.
+            at, and may be anything. Where both are `Elsewhere`, in the dtype of q, there are no gradients, and no plain
+            form.
         positions_BC: int64, from -1 (before the text) to T - 1.
         length: K.
         window: W, how many keys a query sees at most, its own included.

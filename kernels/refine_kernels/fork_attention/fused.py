@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from refine_kernels.fork_attention.elsewhere import Elsewhere, in_rows
 from refine_kernels.runtime import ceiling, why_no_triton
 
 KEYS = 64
@@ -38,34 +39,50 @@ def fork_attention(
     q_FQHD: Tensor,
     k_FQHD: Tensor,
     v_FQHD: Tensor,
-    keys_BTHD: Tensor,
-    values_BTHD: Tensor,
+    keys_BTHD: Tensor | Elsewhere,
+    values_BTHD: Tensor | Elsewhere,
     positions_BC: Tensor,
     *,
     length: int,
     window: int,
 ) -> Tensor:
     """See `refine_kernels.fork_attention.fork_attention`."""
+    if isinstance(keys_BTHD, Elsewhere) and isinstance(values_BTHD, Elsewhere):
+        assert keys_BTHD.dtype == values_BTHD.dtype == q_FQHD.dtype and not torch.is_grad_enabled()
+        own = (x.contiguous() for x in (q_FQHD, k_FQHD, v_FQHD))
+        places = keys_BTHD.place_3, values_BTHD.place_3
+        return _attend(*own, *places, positions_BC.contiguous(), None, length, window)[0]
     return _ForkAttention.apply(q_FQHD, k_FQHD, v_FQHD, keys_BTHD, values_BTHD, positions_BC, length, window)  # pyright: ignore[reportReturnType]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, positions: Tensor, T: int | None, K: int, W: int
+) -> tuple[Tensor, Tensor, tuple[int, int, int], dict[str, int]]:
+    """Outputs and log-normalisers; the grid and the sizes of tiles. T None: keys and values say where they are."""
+    F, Q, H, D = q.shape
+    most = min(QUERIES, max(16, triton.next_power_of_2(Q)))
+    together = most // K * K
+    grid = (ceiling(Q, together), H, F)
+    tile = {
+        "H": H, "D": D, "K": K, "W": W, "QUERIES": most, "TOGETHER": together, "KEYS": KEYS,
+        "CHANNELS": max(16, triton.next_power_of_2(D)),
+    }  # fmt: skip
+    o, lse = torch.empty_like(v), torch.empty(F, H, Q, dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        _forward_kernel[grid](
+            q, k, v, keys, values, positions, o, lse, Q, T or 0, positions.shape[1],
+            0 if T is None else keys.stride(1), 0 if T is None else values.stride(1), D**-0.5,
+            **tile, ELSEWHERE=T is None,
+        )  # fmt: skip
+    return o, lse, grid, tile
 
 
 class _ForkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, keys, values, positions, length, window):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, keys, values = (x.contiguous() for x in (q, k, v, keys, values))
-        F, Q, H, D = q.shape
-        T, C = keys.shape[1], positions.shape[1]
-        most = min(QUERIES, max(16, triton.next_power_of_2(Q)))
-        together = most // length * length
-        ctx.grid = (ceiling(Q, together), H, F)
-        ctx.tile = {
-            "H": H, "D": D, "K": length, "W": window, "QUERIES": most, "TOGETHER": together, "KEYS": KEYS,
-            "CHANNELS": max(16, triton.next_power_of_2(D)),
-        }  # fmt: skip
-        positions = positions.contiguous()
-        o, lse = torch.empty_like(v), torch.empty(F, H, Q, dtype=torch.float32, device=q.device)
-        with torch.cuda.device_of(q):
-            _forward_kernel[ctx.grid](q, k, v, keys, values, positions, o, lse, Q, T, C, D**-0.5, **ctx.tile)
+        q, k, v, positions = (x.contiguous() for x in (q, k, v, positions))
+        keys, values = (x if in_rows(x) else x.contiguous() for x in (keys, values))
+        o, lse, ctx.grid, ctx.tile = _attend(q, k, v, keys, values, positions, keys.shape[1], length, window)
         ctx.save_for_backward(q, k, v, keys, values, positions, o, lse)
         return o
 
@@ -75,14 +92,15 @@ class _ForkAttention(torch.autograd.Function):
         (_, Q, H, D), (B, T), C = q.shape, keys.shape[:2], positions.shape[1]
         do = do.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dkeys, dvalues = torch.empty_like(keys), torch.empty_like(values)
+        dkeys, dvalues = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (keys, values))
+        strides = keys.stride(1), values.stride(1)
         delta = torch.empty_like(lse)
         with torch.cuda.device_of(q):
             _backward_kernel[ctx.grid](
-                q, k, v, keys, values, positions, o, lse, do, dq, dk, dv, delta, Q, T, C, D**-0.5, **ctx.tile
+                q, k, v, keys, values, positions, o, lse, do, dq, dk, dv, delta, Q, T, C, *strides, D**-0.5, **ctx.tile
             )
             _text_kernel[(ceiling(T, KEYS), H, B)](
-                q, keys, values, positions, lse, do, delta, dkeys, dvalues, Q, T, C, D**-0.5, **ctx.tile
+                q, keys, values, positions, lse, do, delta, dkeys, dvalues, Q, T, C, *strides, D**-0.5, **ctx.tile
             )
         return dq, dk, dv, dkeys, dvalues, None, None, None
 
@@ -93,6 +111,14 @@ def _own(x, tokens, f, h, Q, count, H: tl.constexpr, D: tl.constexpr, CHANNELS: 
     channels = tl.arange(0, CHANNELS)
     inside = (tokens < count)[:, None] & (channels < D)[None, :]
     return tl.load(x + ((f * Q + tokens[:, None]) * H + h) * D + channels[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def _text(x, places, h, count, STRIDE, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """A tile of a text's tokens; zeros from `count` on."""
+    channels = tl.arange(0, CHANNELS)
+    inside = (places < count)[:, None] & (channels < D)[None, :]
+    return tl.load(x + places[:, None].to(tl.int64) * STRIDE + h * D + channels[None, :], mask=inside, other=0)
 
 
 @triton.jit
@@ -113,11 +139,15 @@ def _own_scores(b_q, b_k, tokens, count, scale, K: tl.constexpr, W: tl.constexpr
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, keys, values, positions, o, lse, Q, T, C, scale,
+    q, k, v, keys, values, positions, o, lse, Q, T, C, KEYS_T, VALUES_T, scale,
     H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, QUERIES: tl.constexpr,
-    TOGETHER: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
+    TOGETHER: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, ELSEWHERE: tl.constexpr,
 ):  # fmt: skip
     f, h = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    if ELSEWHERE:
+        T, KEYS_T, VALUES_T = tl.load(keys + 1), tl.load(keys + 2), tl.load(values + 2)
+        keys = tl.load(keys).to(tl.pointer_type(q.dtype.element_ty))
+        values = tl.load(values).to(tl.pointer_type(q.dtype.element_ty))
     start = tl.program_id(0) * TOGETHER
     tokens, count = start + tl.arange(0, QUERIES), tl.minimum(Q, start + TOGETHER)
     b_q = _own(q, tokens, f, h, Q, count, H, D, CHANNELS)
@@ -132,8 +162,8 @@ def _forward_kernel(
     text = f // C * T
     for block in range(tl.maximum(position - W + 2, 0) // KEYS, (position + KEYS) // KEYS):
         places = block * KEYS + tl.arange(0, KEYS)
-        b_keys = _own(keys + text * H * D, places, 0, h, 0, position + 1, H, D, CHANNELS)
-        b_values = _own(values + text * H * D, places, 0, h, 0, position + 1, H, D, CHANNELS)
+        b_keys = _text(keys + text * KEYS_T, places, h, position + 1, KEYS_T, D, CHANNELS)
+        b_values = _text(values + text * VALUES_T, places, h, position + 1, VALUES_T, D, CHANNELS)
         seen = (places <= position)[None, :] & (places[None, :] > position + 1 + (tokens % K)[:, None] - W)
         scores = tl.dot(b_q, tl.trans(b_keys), input_precision="ieee") * scale
         scores = tl.where(seen, scores, float("-inf"))
@@ -149,7 +179,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    q, k, v, keys, values, positions, o, lse, do, dq, dk, dv, delta, Q, T, C, scale,
+    q, k, v, keys, values, positions, o, lse, do, dq, dk, dv, delta, Q, T, C, KEYS_T, VALUES_T, scale,
     H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, QUERIES: tl.constexpr,
     TOGETHER: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -180,8 +210,8 @@ def _backward_kernel(
     text = f // C * T
     for block in range(tl.maximum(position - W + 2, 0) // KEYS, (position + KEYS) // KEYS):
         places = block * KEYS + tl.arange(0, KEYS)
-        b_keys = _own(keys + text * H * D, places, 0, h, 0, position + 1, H, D, CHANNELS)
-        b_values = _own(values + text * H * D, places, 0, h, 0, position + 1, H, D, CHANNELS)
+        b_keys = _text(keys + text * KEYS_T, places, h, position + 1, KEYS_T, D, CHANNELS)
+        b_values = _text(values + text * VALUES_T, places, h, position + 1, VALUES_T, D, CHANNELS)
         seen = (places <= position)[None, :] & (places[None, :] > position + 1 + (tokens % K)[:, None] - W)
         scores = tl.dot(b_q, tl.trans(b_keys), input_precision="ieee") * scale
         shares = tl.where(seen, tl.exp(scores - b_lse[:, None]), 0)
@@ -192,15 +222,15 @@ def _backward_kernel(
 
 @triton.jit
 def _text_kernel(
-    q, keys, values, positions, lse, do, delta, dkeys, dvalues, Q, T, C, scale,
+    q, keys, values, positions, lse, do, delta, dkeys, dvalues, Q, T, C, KEYS_T, VALUES_T, scale,
     H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, QUERIES: tl.constexpr,
     TOGETHER: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1)
     places = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     first, last = tl.program_id(0) * KEYS, tl.program_id(0) * KEYS + KEYS - 1
-    b_keys = _own(keys + b * T * H * D, places, 0, h, 0, T, H, D, CHANNELS)
-    b_values = _own(values + b * T * H * D, places, 0, h, 0, T, H, D, CHANNELS)
+    b_keys = _text(keys + b * T * KEYS_T, places, h, T, KEYS_T, D, CHANNELS)
+    b_values = _text(values + b * T * VALUES_T, places, h, T, VALUES_T, D, CHANNELS)
     b_dkeys = tl.zeros([KEYS, CHANNELS], dtype=tl.float32)
     b_dvalues = tl.zeros([KEYS, CHANNELS], dtype=tl.float32)
     for c in range(C):

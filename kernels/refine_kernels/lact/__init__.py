@@ -9,10 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from refine_kernels.choose import Impl, choose
-from refine_kernels.lact.chunks import LaCT, Place, read
+from refine_kernels.lact.chunks import LaCT, Place, Reader, read
 from refine_kernels.lact.reference import Chunk, FastWeights, Weights, row_norms
 
-__all__ = ["Chunk", "FastWeights", "LaCT", "Place", "Weights", "lact", "row_norms"]
+__all__ = ["Chunk", "FastWeights", "LaCT", "Place", "Reader", "Weights", "lact", "row_norms"]
 
 
 def lact(

@@ -38,6 +38,35 @@ class Place:
             self._held[L] = self.seen_B - _updates(self.seen_B, L) * L
         return self._held[L]
 
+    def held(self, L: int) -> list[int]:
+        """The same, on the host."""
+        return [n - _host_updates(n, L) * L for n in self.seen]
+
+    def ends(self, L: int) -> list[int]:
+        """How many chunks end in each row of this piece, each with an update; on the host."""
+        return [_host_updates(h + n, L) for h, n in zip(self.held(L), self.lengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """f of F rows' weights: queries [F, Q, H, K] -> outputs [F, Q, H, V]."""
+
+    weights: tuple[Tensor, ...]
+    read: Callable[[tuple[Tensor, ...], Tensor], Tensor]
+
+    def __call__(self, q_FQHK: Tensor) -> Tensor:
+        with torch.autocast(q_FQHK.device.type, enabled=False):
+            return self.read(self.weights, q_FQHK)
+
+    def stand_in(self) -> Reader:
+        """The same in memory of its own, without gradients."""
+        return Reader(tuple(w.detach().clone() for w in self.weights), self.read)
+
+    def load(self, other: Reader) -> None:
+        """Copy another's weights, of the same shapes, into a stand-in's memory."""
+        for own, w in zip(self.weights, other.weights, strict=True):
+            own.copy_(w.detach())
+
 
 class Boundaries(Protocol):
     """The weights of B rows before and after every update of a piece."""
@@ -46,8 +75,8 @@ class Boundaries(Protocol):
         """Of row b after updates_BC[b, c] updates, for B·C rows; differentiable, in memory of their own."""
         ...
 
-    def reader(self, updates_BC: Tensor) -> Callable[[Tensor], Tensor]:
-        """f of those weights: queries [B·C, Q, H, K] -> [B·C, Q, H, V]."""
+    def reader(self, updates_BC: Tensor) -> Reader:
+        """f of those weights, for B·C rows."""
         ...
 
 
@@ -61,9 +90,9 @@ class _Listed:
     def after(self, updates_BC: Tensor) -> FastWeights:
         return map_weights(partial(_chosen, updates_BC), *self.weights)
 
-    def reader(self, updates_BC: Tensor) -> Callable[[Tensor], Tensor]:
-        w0, w1, w2 = (_chosen(updates_BC, *each) for each in zip(*(f.weights for f in self.weights), strict=True))
-        return partial(self.apply, (w0, w1, w2))
+    def reader(self, updates_BC: Tensor) -> Reader:
+        each_of = zip(*(fast.weights for fast in self.weights), strict=True)
+        return Reader(tuple(_chosen(updates_BC, *each) for each in each_of), self.apply)
 
 
 @dataclass(frozen=True)
@@ -95,20 +124,14 @@ class LaCT:
         unfinished = _unfinished(self._before, self._tokens, self._held_B, positions_BC, self._L)
         return self.boundaries.after(updates_BC), unfinished
 
-    def reader_at(self, positions_BC: Tensor) -> Callable[[Tensor], Tensor]:
-        """How queries [F, Q, H, K] of tokens read after those positions, F = B·C, are read: outputs [F, Q, H, V].
+    def reader_at(self, positions_BC: Tensor) -> Reader:
+        """How queries of tokens read after those positions, F = B·C rows, are read as long as `chunk_goes_on`.
 
-        That is what they are read with as long as `chunk_goes_on`. Differentiable. Needs a reading with `boundaries`.
+        Differentiable. Needs a reading with `boundaries`.
         """
         assert self.boundaries is not None
         updates_BC = (self._held_B[:, None] + positions_BC + 1) // self._L
-        read = self.boundaries.reader(updates_BC.minimum(_updates(self._end_B, self._L)[:, None]))
-
-        def reader(q_FQHK: Tensor) -> Tensor:
-            with torch.autocast(q_FQHK.device.type, enabled=False):
-                return read(q_FQHK)
-
-        return reader
+        return self.boundaries.reader(updates_BC.minimum(_updates(self._end_B, self._L)[:, None]))
 
     def chunk_goes_on(self, positions_BC: Tensor, length: int) -> Tensor:
         """bool [B, C]: whether the next `length` tokens after each position are read with weights that are there."""
@@ -133,9 +156,7 @@ def read(
 ) -> LaCT:
     """See `refine_kernels.lact.lact`. `ops` has `apply` and `update`; `sweep`, if any, takes rows that hold as many."""
     T = q_BTHK.shape[1]
-    held = [n - _host_updates(n, L) * L for n in place.seen]
-    held_B = place.held_B(L)
-    ends = [_host_updates(h + n, L) for h, n in zip(held, place.lengths, strict=True)]
+    held, held_B, ends = place.held(L), place.held_B(L), place.ends(L)
     sweeps = hasattr(ops, "sweep") and T > 1 and min(held) == max(held) and (held[0] == 0 or max(ends) > 0)
     whole = tokens
     if sweeps and held[0] and unfinished is not None:

@@ -9,7 +9,7 @@ each of Newton-Schulz's steps starts from. The weights of all chunks are one ten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refine_kernels.lact import kernels
+from refine_kernels.lact.chunks import Reader
 from refine_kernels.lact.newton_schulz import STEPS, orthogonal, orthogonal_back
 from refine_kernels.lact.reference import Chunk, FastWeights, Weights, apply
 from refine_kernels.replay import replayed
@@ -136,10 +137,15 @@ class _Boundaries:
         momentum = fast.momentum and (repeated(fast.momentum) if momenta is None else chosen(momenta))
         return FastWeights(chosen(weights), None, momentum, repeated(fast.norms))
 
-    def reader(self, updates_BC: Tensor) -> Callable[[Tensor], Tensor]:
+    def reader(self, updates_BC: Tensor) -> Reader:
         weights, narrow, _ = self.stacks
-        packs: Any = _Chosen.apply(weights, narrow, updates_BC)  # one chunk of each fork
-        return lambda q_FQHK: _Read.apply(q_FQHK, packs, packs, q_FQHK.shape[1])  # pyright: ignore[reportReturnType]
+        packs: Any = _Chosen.apply(weights, narrow, updates_BC)
+        return Reader((packs,), _read_packs)
+
+
+def _read_packs(packs: tuple[Tensor, ...], q_FQHK: Tensor) -> Tensor:
+    """All queries of a row with its one pack."""
+    return _Read.apply(q_FQHK, packs[0], packs[0], q_FQHK.shape[1])  # pyright: ignore[reportReturnType]
 
 
 class _Updates(torch.autograd.Function):
@@ -318,6 +324,7 @@ def _all_updates_back(
             )  # fmt: skip
             dkeep.insert(0, share)
         direct = _step_back(narrow[:, g], k[:, at], v[:, at], rates, g * L, dstep, dk[:, at], dv[:, at], drates)
+    assert direct is not None  # there is at least one update
     dpack, dmomentum = carried + direct, carried_momentum
     if dweights is not None:
         dpack += dweights[:, 0]
