@@ -20,7 +20,7 @@ import pytest
 if TYPE_CHECKING:
     import torch
 
-    from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM
+    from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM, FastWeightLM
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,5 +68,25 @@ def tiny_model(tiny_config: Callable[..., DeltaNetConfig]) -> Callable[..., Delt
         model = DeltaNetForCausalLM(tiny_config(**changes)).eval()
         torch.nn.Module.to(model, dtype or torch.float64)
         return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wide_model() -> Callable[[str], FastWeightLM]:
+    """Makes a two-layer model with heads as wide as fused kernels want them, of a kind: "DeltaNet" or "LaCT"."""
+
+    def make(kind: str) -> FastWeightLM:
+        import torch
+
+        from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM, LaCTForCausalLM, LaCTSWIGLUConfig
+
+        torch.manual_seed(0)
+        sizes = {"num_hidden_layers": 2, "vocab_size": 300, "intermediate_size": 256, "initializer_range": 0.1}
+        if kind == "DeltaNet":
+            return DeltaNetForCausalLM(DeltaNetConfig(hidden_size=256, num_heads=2, **sizes))
+        heads = {"num_attn_heads": 2, "num_lact_heads": 1}
+        chunks = {"lact_chunk_size": 64, "window_size": 40, "use_muon": True}
+        return LaCTForCausalLM(LaCTSWIGLUConfig(hidden_size=128, **heads, **chunks, **sizes))
 
     return make

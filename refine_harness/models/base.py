@@ -8,7 +8,7 @@ is the whole interface to training and evaluation. `forward` gives the same to t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -304,15 +304,16 @@ class FastWeightLM(PreTrainedModel):
         """The layer, its activations made again in the backward pass instead of stored."""
         return lambda *arguments: self._gradient_checkpointing_func(layer.__call__, *arguments)
 
-    def ordinary_step(self, seen: Sequence[int]) -> bool:
-        """Whether reading one more token is the same sequence of operations as for most tokens.
+    def step_kind(self, seen: Sequence[int]) -> Hashable | None:
+        """Steps of one kind are the same sequence of operations; None is a kind of its own each time.
 
-        seen: tokens that each row has read. LaCT's is not where a row's chunk is full and updates the fast weights.
+        seen: tokens that each row has read, before it reads one more. LaCT's step is another where rows' chunks are
+        full, and their fast weights are updated.
         """
-        return True
+        return 0
 
-    def ordinary_place(self, rows: int) -> tuple[int, ...]:
-        """Tokens read by each of so many rows such that the next step is an ordinary one."""
+    def place_of(self, kind: Hashable, rows: int) -> tuple[int, ...]:
+        """Tokens read by each of so many rows such that the next step is of that kind."""
         return (1,) * rows
 
     def logits(self, hidden: Tensor) -> Tensor:

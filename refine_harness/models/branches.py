@@ -103,6 +103,11 @@ class _Lean:
         return cls(model, read_R, layers, length, positions_BC.shape)
 
     @property
+    def reads(self) -> tuple[Tensor, Sequence[Branch]]:
+        """What it reads besides the model's parameters: how far each row has read, and the layers' tapes."""
+        return self._read_R, self._layers
+
+    @property
     def rows(self) -> int:
         return len(self._read_R)
 
@@ -137,19 +142,15 @@ class _Lean:
         layers = [layer.stand_in() for layer in self._layers]
         return _Lean(self.model, self._read_R.clone(), layers, self.length, self.shape)
 
-    def load(self, other: _Lean) -> None:
-        """Make a stand-in read what another reads."""
-        self._read_R.copy_(other._read_R)
-        for own, layer in zip(self._layers, other._layers, strict=True):
-            own.load(layer)
-
 
 class _Sampling:
     """Reading the first token, the first two, .. of R rows: a CUDA graph each, over memory that is loaded before."""
 
     @torch.no_grad()
     def __init__(self, lean: _Lean):
-        self._lean = lean.stand_in()
+        stand_in = lean.stand_in()
+        # Not the stand-in itself: a model must not be kept alive by its recordings.
+        self._read_R, self._layers = stand_in.reads
         R, device = lean.rows, lean.device
         self._tokens_RK = torch.zeros(R, lean.length - 1, dtype=torch.int64, device=device)
         self._graphs: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
@@ -159,16 +160,19 @@ class _Sampling:
             for k in range(1, lean.length):
                 stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream):
-                    self._lean.hidden(self._tokens_RK[:, :k])  # compiles and loads kernels
+                    stand_in.hidden(self._tokens_RK[:, :k])  # compiles and loads kernels
                 torch.cuda.current_stream(device).wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    hidden_RD = self._lean.hidden(self._tokens_RK[:, :k])[:, -1].clone()
+                    hidden_RD = stand_in.hidden(self._tokens_RK[:, :k])[:, -1].clone()
                 self._graphs.append((graph, hidden_RD))
 
     def load(self, lean: _Lean) -> None:
         """Read from other texts next, which must live until that is done."""
-        self._lean.load(lean)
+        read_R, layers = lean.reads
+        self._read_R.copy_(read_R)
+        for own, layer in zip(self._layers, layers, strict=True):
+            own.load(layer)
         self._read = 0
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Decoder:
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Read one token per row; hidden states [R, D] after the final norm, valid until the next step."""
-        ordinary = self._model.ordinary_step(self._seen)
+        kind = self._model.step_kind(self._seen)
         self._seen = [n + 1 for n in self._seen]
         if self._graph is None:
             reading = self._model.read(tokens_R[:, None], self._plain, forkable=False)
@@ -54,11 +55,7 @@ class Decoder:
             return reading.hidden[:, 0]
         if len(self._seen) > self._rows:
             tokens_R = torch.cat((tokens_R, tokens_R[-1:].expand(len(self._seen) - self._rows)))
-        if ordinary:
-            return self._graph.step(tokens_R)[: self._rows]
-        reading = self._model.read(tokens_R[:, None], self._graph.state, forkable=False)
-        self._graph.load(reading.state)
-        return reading.hidden[: self._rows, 0]
+        return self._graph.step(self._model, tokens_R, kind)[: self._rows]
 
     @property
     def state(self) -> State:
@@ -71,26 +68,48 @@ class Decoder:
 
 
 class _Graph:
-    """A recorded step for R rows, and the memory that it reads and writes."""
+    """Recorded steps for R rows, one for each kind, and the memory that they read and write."""
 
     def __init__(self, model: FastWeightLM, state: State):
         self._memory = state.detach().clone()
         self._tokens_R1 = torch.zeros(len(state), 1, dtype=torch.int64, device=state.seen_R.device)
-        # What is recorded is the ordinary step, wherever the rows stand now; what it overwrites is loaded later.
-        place = model.ordinary_place(len(state))
-        self._memory.assume_seen(place)
-        self._memory.seen_R.copy_(torch.tensor(place))
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                model.read(self._tokens_R1, self._memory, forkable=False, in_place=True)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            reading = model.read(self._tokens_R1, self._memory, forkable=False, in_place=True)
-            _copy(reading.state, self._memory)
-            self._hidden_RD = reading.hidden[:, 0]
+        self._recordings: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
+        """None of kinds that were met once, or cannot be recorded."""
+        self._refused: set[Hashable] = set()
+        # Most steps are of this kind, wherever the rows stand now; what recording it overwrites is loaded later.
+        self._memory.seen_R.zero_()
+        self._recordings[0] = self._record(model, 0, in_place=True)
+
+    def _record(self, model: FastWeightLM, kind: Hashable, *, in_place: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A step of that kind. In place, what is in the memory is lost."""
+        state = self.state
+        state.assume_seen(model.place_of(kind, len(state)))
+        device = state.seen_R.device
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with autocast_without_cache(device.type):
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    model.read(self._tokens_R1, state, forkable=False, in_place=in_place)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            with torch.cuda.graph(graph):
+                reading = model.read(self._tokens_R1, state, forkable=False, in_place=in_place)
+                _copy(reading.state, self._memory)
+                hidden_RD = reading.hidden[:, 0]
+        return graph, hidden_RD
+
+    def _recording(self, model: FastWeightLM, kind: Hashable) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        if kind is None:
+            return None
+        if kind not in self._recordings:
+            self._recordings[kind] = None  # met for the first time, and perhaps for the last
+        elif self._recordings[kind] is None and kind not in self._refused:
+            try:
+                self._recordings[kind] = self._record(model, kind, in_place=False)
+            except RuntimeError as error:
+                _log.warning("a step without a CUDA graph: %s", str(error).splitlines()[0])
+                self._refused.add(kind)
+        return self._recordings[kind]
 
     @property
     def state(self) -> State:
@@ -101,10 +120,17 @@ class _Graph:
         """Go on from other states of the same shapes."""
         _copy(state.detach(), self._memory)
 
-    def step(self, tokens_R: Tensor) -> Tensor:
+    def step(self, model: FastWeightLM, tokens_R: Tensor, kind: Hashable) -> Tensor:
+        """Hidden states [R, D] after one more token of each row, which is a step of that kind."""
+        recording = self._recording(model, kind)
+        if recording is None:
+            reading = model.read(tokens_R[:, None], self.state, forkable=False)
+            self.load(reading.state)
+            return reading.hidden[:, 0]
+        graph, hidden_RD = recording
         self._tokens_R1.copy_(tokens_R[:, None])
-        self._graph.replay()
-        return self._hidden_RD
+        graph.replay()
+        return hidden_RD
 
 
 def _copy(source: State, target: State) -> None:
@@ -138,8 +164,7 @@ def _recorded(model: FastWeightLM, state: State) -> _Graph | None:
     key = (hash(shapes), setting)
     if key not in kept:
         try:
-            with autocast_without_cache(state.seen_R.device.type):
-                kept[key] = _Graph(model, state)
+            kept[key] = _Graph(model, state)
         except RuntimeError as error:
             _log.warning("decoding without a CUDA graph: %s", str(error).splitlines()[0])
             return None

@@ -10,7 +10,7 @@ change once per chunk of tokens. Checkpoints of the published code load unchange
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -28,7 +28,7 @@ from refine_kernels import (
     window_step,
 )
 from refine_kernels.fork_attention import Elsewhere
-from refine_kernels.lact import Chunk, FastWeights, LaCT, Place, Reader, Weights, lact, row_norms
+from refine_kernels.lact import Chunk, FastWeights, Fresh, LaCT, Place, Reader, Weights, lact
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -401,21 +401,14 @@ class LaCTMixer(FastWeightLayer):
         )  # fmt: skip
         return outputs_BHV[:, None]
 
-    def _initial(self, B: int) -> FastWeights:
+    def _initial(self, B: int) -> Fresh:
         """The fast weights of B texts that begin here."""
+        config = self.config
         with torch.autocast(self.w1.device.type, enabled=False):
             w0, w1, w2 = (w() if isinstance(w, LowRank) else w for w in (self.w0, self.w1, self.w2))
-            if self.config.fp32_states:
+            if config.fp32_states:
                 w0, w1, w2 = _wide(w0), _wide(w1), _wide(w2)
-            norms = row_norms((w0, w1, w2))
-        return FastWeights(
-            _repeated((w0, w1, w2), B),
-            _repeated((w0, w1, w2), B) if self.config.ttt_prenorm else None,
-            _repeated((w0.new_zeros(w0.shape), w1.new_zeros(w1.shape), w2.new_zeros(w2.shape)), B)
-            if self.config.use_momentum
-            else None,
-            _repeated(norms, B),
-        )
+        return Fresh((w0, w1, w2), B, momentum=config.use_momentum, prenorm=config.ttt_prenorm)
 
 
 ALIGNED = 8
@@ -482,12 +475,6 @@ class _MixerBranch(Branch):
         return self.keys_BTAI.detach(), self.values_BTAI.detach()
 
 
-def _repeated(weights: Weights, B: int) -> Weights:
-    """B copies, each in memory of its own: a state must not change when the parameters do."""
-    w0, w1, w2 = (w.repeat(B, 1, 1, 1) for w in weights)
-    return w0, w1, w2
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
@@ -541,8 +528,13 @@ class LaCTForCausalLM(CausalLM):
             return None
         return tape["read"].chunk_goes_on(positions_BC, length)
 
-    def ordinary_step(self, seen: Sequence[int]) -> bool:
-        return all(n == 0 or n % self.config.lact_chunk_size for n in seen)
+    def step_kind(self, seen: Sequence[int]) -> Hashable | None:
+        """How many rows' chunks are full, if it is none or all."""
+        full = sum(n > 0 and n % self.config.lact_chunk_size == 0 for n in seen)
+        return full if full in (0, len(seen)) else None
+
+    def place_of(self, kind: Hashable, rows: int) -> tuple[int, ...]:
+        return (self.config.lact_chunk_size if kind else 0,) * rows
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

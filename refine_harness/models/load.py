@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import cached_file
@@ -165,7 +166,7 @@ def _load_weights(name: str | Path, config: PretrainedConfig, dtype: torch.dtype
         raise ModelError(f"{name}: {error}") from None
     except ImportError as error:  # of flash-linear-attention's models, some need more than it brings
         raise ModelError(f"{name} needs a package that is not installed here ({_first_line(error)}).") from None
-    except Exception as error:  # safetensors, json and torch each have their own; the cause for the user is one
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:  # the cause for the user is one
         raise ModelError(
             f"the weights of {name} cannot be read ({_first_line(error)}). Copy the checkpoint again."
         ) from None

@@ -22,7 +22,7 @@ from refine_kernels import (
 )
 from refine_kernels.rotary import turns as angles
 from refine_kernels.runtime import compute_dtype
-from refine_kernels.thin_linear import FEW
+from refine_kernels.thin_linear import ALONE, FEW
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
@@ -51,9 +51,9 @@ def hooked(module: nn.Module) -> bool:
 
 
 def thin(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether `thin_linear` computes what these layers make of x: they are plain, and there are few rows, no gradients
-    and one dtype."""
-    if torch.is_grad_enabled() or x.numel() > FEW * x.shape[-1]:
+    """Whether `thin_linear` computes what these layers make of x: they are plain, and there are few rows, fewer for one
+    layer than for several at once, no gradients and one dtype."""
+    if torch.is_grad_enabled() or x.numel() > (FEW if len(layers) > 1 else ALONE) * x.shape[-1]:
         return False
     return compute_dtype(x) == x.dtype and all(plain(of) and _weight(of).dtype == x.dtype for of in layers)
 

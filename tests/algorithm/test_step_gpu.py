@@ -6,42 +6,19 @@ from refine_kernels import replay
 
 from refine_harness.algorithm import refine_step
 from refine_harness.config import Algorithm
-from refine_harness.models import (
-    DeltaNetConfig,
-    DeltaNetForCausalLM,
-    LaCTForCausalLM,
-    LaCTSWIGLUConfig,
-    branches,
-    decode,
-    recorded,
-)
+from refine_harness.models import LaCTForCausalLM, branches, decode, recorded
 from refine_harness.types import Batch
 
 pytestmark = pytest.mark.gpu
 ALGORITHM = Algorithm(rollouts_from="step", rollouts=2, group="position")
 
 
-SIZES = {"num_hidden_layers": 2, "vocab_size": 300, "intermediate_size": 256, "initializer_range": 0.1}
-MODELS = {
-    "DeltaNet": lambda: DeltaNetForCausalLM(DeltaNetConfig(hidden_size=256, num_heads=2, **SIZES)),
-    "LaCT": lambda: LaCTForCausalLM(
-        LaCTSWIGLUConfig(
-            hidden_size=128,
-            num_attn_heads=2,
-            num_lact_heads=1,
-            lact_chunk_size=64,
-            window_size=40,
-            use_muon=True,
-            **SIZES,
-        )
-    ),
-}
+each_kind = pytest.mark.parametrize("kind", ("DeltaNet", "LaCT"))
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def model(request):
-    torch.manual_seed(0)
-    return torch.nn.Module.to(MODELS[request.param](), "cuda", torch.bfloat16).train()
+@pytest.fixture(scope="module", params=("DeltaNet", "LaCT"))
+def model(request, wide_model):
+    return torch.nn.Module.to(wide_model(request.param), "cuda", torch.bfloat16).train()
 
 
 def document(seed):
@@ -84,11 +61,10 @@ def test_a_step_before_the_backward_of_another_runs_without_the_recording(model)
         torch.testing.assert_close(together[name], p.grad, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_recordings_read_the_weights_as_they_are_under_autocast(kind):
+@each_kind
+def test_recordings_read_the_weights_as_they_are_under_autocast(kind, wide_model):
     """What was sampled, from recordings, and what is learned, without, are one policy, however the weights change."""
-    torch.manual_seed(0)
-    model = MODELS[kind]().to("cuda").train()
+    model = wide_model(kind).to("cuda").train()
     for seed in range(4):
         with torch.autocast("cuda", torch.bfloat16):
             rng = [torch.Generator().manual_seed(row) for row in range(2)]

@@ -420,3 +420,13 @@ def test_who_watches_the_momentum_is_heard():
     assert_close(model.read(text).hidden, want)
     assert len(heard) == len(model.layers)
     assert all(bool((x > 0).all() and (x < 1).all()) for x in heard)
+
+
+@pytest.mark.parametrize("rows", (1, 3))
+def test_steps_of_a_kind_start_where_that_kind_does(model, rows):
+    for kind in (0, rows):
+        assert model.step_kind(model.place_of(kind, rows)) == kind
+    L = model.config.lact_chunk_size
+    assert model.step_kind((0, L - 1, 3 * L + 1)) == 0
+    assert model.step_kind((L, 5 * L)) == 2
+    assert model.step_kind((L, L + 1)) is None

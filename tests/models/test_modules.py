@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from refine_harness.models import modules
-from refine_harness.models.modules import FEW, GatedMLP, Linear, plain, thin
+from refine_harness.models.modules import ALONE, FEW, GatedMLP, Linear, plain, thin
 
 
 class Sizes:
@@ -39,13 +39,13 @@ def test_a_linear_layer_is_torchs_bit_for_bit(bias, called):
     ours = Linear(6, 4, bias=bias)
     theirs = nn.Linear(6, 4, bias=bias)
     theirs.load_state_dict(ours.state_dict())
-    for rows in (1, FEW, FEW + 1):
+    for rows in (1, ALONE, ALONE + 1, FEW + 1):
         x = torch.randn(1, rows, 6)
         assert torch.equal(ours(x), theirs(x))
         assert not called
         with torch.no_grad():
             assert torch.equal(ours(x), theirs(x))
-        assert called == ["thin_linear"] * (rows <= FEW)
+        assert called == ["thin_linear"] * (rows <= ALONE)
         called.clear()
 
 
@@ -73,11 +73,14 @@ def test_what_is_plain():
 def test_a_gated_mlp_of_a_few_tokens_is_one_of_many(called):
     torch.manual_seed(0)
     mlp: Any = GatedMLP(Sizes).double()
-    x = torch.randn(FEW, 6, dtype=torch.float64)
-    want = mlp(x)
     with torch.no_grad():
-        assert torch.equal(mlp(x), want)
-        assert called == ["thin_swiglu", "thin_linear"]
+        for rows, names in ((ALONE, ["thin_swiglu", "thin_linear"]), (FEW, ["thin_swiglu"])):
+            x = torch.randn(rows, 6, dtype=torch.float64)
+            with torch.enable_grad():
+                want = mlp(x)
+            called.clear()
+            assert torch.equal(mlp(x), want)
+            assert called == names
         mlp.up_proj = nn.Sequential(mlp.up_proj)  # as an adapter would stand there
         assert not thin(x, mlp.gate_proj, mlp.up_proj)
         assert torch.equal(mlp(x), want)

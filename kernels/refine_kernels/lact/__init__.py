@@ -10,15 +10,15 @@ from torch import Tensor
 
 from refine_kernels.choose import Impl, choose
 from refine_kernels.lact.chunks import LaCT, Place, Reader, read
-from refine_kernels.lact.reference import Chunk, FastWeights, Weights, row_norms
+from refine_kernels.lact.reference import Chunk, FastWeights, Fresh, Weights, row_norms
 
-__all__ = ["Chunk", "FastWeights", "LaCT", "Place", "Reader", "Weights", "lact", "row_norms"]
+__all__ = ["Chunk", "FastWeights", "Fresh", "LaCT", "Place", "Reader", "Weights", "lact", "row_norms"]
 
 
 def lact(
     q_BTHK: Tensor,
     tokens: Chunk,
-    fast: FastWeights,
+    fast: FastWeights | Fresh,
     unfinished: Chunk | None,
     place: Place,
     *,
@@ -35,7 +35,7 @@ def lact(
         q_BTHK: queries, any float dtype; products run in it, norms of weights in float32 or wider.
         tokens: keys, values, learning rates and momenta of the same T tokens; keys and values in the dtype of q,
             learning rates in float32 (float64 for float64).
-        fast: the weights that the rows start from, each [B, H, ...].
+        fast: the weights that the rows start from, each [B, H, ...]; or those of texts that begin here.
         unfinished: the tokens that no update has used yet, in a buffer of L each, from its start; zeros follow.
             None for texts that begin here.
         place: where each row stands in its text.
@@ -47,9 +47,10 @@ def lact(
         impl: see `refine_kernels.choose`.
     """
     (w0, w1, _), K = fast.weights, q_BTHK.shape[-1]
+    prenorm = fast.prenorm if isinstance(fast, Fresh) else fast.main is not None
     ops = choose(
         __name__, impl, q_BTHK,
-        prenorm=fast.main is not None, joint=muon and joint, square=w0.shape[-2:] == w1.shape[-2:] == (K, K),
+        prenorm=prenorm, joint=muon and joint, square=w0.shape[-2:] == w1.shape[-2:] == (K, K),
         scalar=tokens.rates_BLHX.shape[-1] == 3,
     )  # fmt: skip
     return read(

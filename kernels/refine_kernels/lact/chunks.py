@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refine_kernels.lact.reference import Chunk, FastWeights, map_chunk, map_weights
+from refine_kernels.lact.reference import Chunk, FastWeights, Fresh, map_chunk, map_weights
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def read(
     ops: ModuleType,
     q_BTHK: Tensor,
     tokens: Chunk,
-    fast: FastWeights,
+    fast: FastWeights | Fresh,
     unfinished: Chunk | None,
     place: Place,
     *,
@@ -167,12 +167,13 @@ def read(
             if min(ends) < max(ends) and place.lengths_B is not None:
                 steps_U1 = torch.arange(max(ends), device=held_B.device)[:, None]
                 active_UB = steps_U1 < _updates(held_B + place.lengths_B, L)
-            outputs_BTHV, fast, between = ops.sweep(
+            outputs_BTHV, after, between = ops.sweep(
                 q_BTHK, whole, fast, L=L, held=held[0], updates=max(ends), active_UB=active_UB, muon=muon
             )
         else:
-            outputs_BTHV, fast, between = _one_by_one(
-                ops, q_BTHK, tokens, fast, unfinished, place, held, held_B, ends, L,
+            each = fast.expanded() if isinstance(fast, Fresh) else fast
+            outputs_BTHV, after, between = _one_by_one(
+                ops, q_BTHK, tokens, each, unfinished, place, held, held_B, ends, L,
                 muon=muon, joint=joint, boundaries=boundaries,
             )  # fmt: skip
     if T == 1 and unfinished is not None and max(ends) == 0:
@@ -183,7 +184,7 @@ def read(
         last_B = torch.full_like(held_B, T - 1) if place.lengths_B is None else place.lengths_B - 1
         rest = _unfinished(unfinished, tokens, held_B, last_B[:, None], L)
     end_B = held_B + (T if place.lengths_B is None else place.lengths_B)
-    return LaCT(outputs_BTHV, fast, rest, between if boundaries else None, tokens, unfinished, held_B, end_B, L)
+    return LaCT(outputs_BTHV, after, rest, between if boundaries else None, tokens, unfinished, held_B, end_B, L)
 
 
 def _one_by_one(

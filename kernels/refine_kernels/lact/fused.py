@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor
 from refine_kernels.lact import kernels
 from refine_kernels.lact.chunks import Reader
 from refine_kernels.lact.newton_schulz import STEPS, orthogonal, orthogonal_back
-from refine_kernels.lact.reference import Chunk, FastWeights, Weights, apply
+from refine_kernels.lact.reference import Chunk, FastWeights, Fresh, Weights, apply
 from refine_kernels.replay import replayed
 from refine_kernels.runtime import why_no_triton
 
@@ -47,14 +47,15 @@ def why_not(x: Tensor, *, prenorm: bool, joint: bool, square: bool, scalar: bool
 def update(fast: FastWeights, chunk: Chunk, *, muon: bool, joint: bool) -> FastWeights:
     """See `refine_kernels.lact.reference.update`."""
     assert not joint
-    stacks = _updates(fast, chunk, L=chunk.k_BLHK.shape[1], updates=1, active_UB=None, muon=muon)
-    return _fast_weights(stacks, fast, -1)
+    start = _start_of(fast)
+    stacks = _updates(start, chunk, L=chunk.k_BLHK.shape[1], updates=1, active_UB=None, muon=muon)
+    return _fast_weights(stacks, start, -1)
 
 
 def sweep(
     q_BTHK: Tensor,
     tokens: Chunk,
-    fast: FastWeights,
+    fast: FastWeights | Fresh,
     *,
     L: int,
     held: int,
@@ -67,36 +68,39 @@ def sweep(
     tokens: from the start of the first chunk; the first `held` of them, at most L, were read before and have no query.
     active_UB: which rows make each update; None for all. The last result is `chunks.Boundaries`.
     """
-    stacks = _updates(fast, tokens, L=L, updates=updates, active_UB=active_UB, muon=muon)
+    start = _start_of(fast)
+    stacks = _updates(start, tokens, L=L, updates=updates, active_UB=active_UB, muon=muon)
     weights, narrow, _ = stacks
     if held == L:  # no query is of the first chunk
         weights, narrow, held = weights[:, :, 1:], narrow[:, :, 1:].contiguous(), 0
     outputs_BTHV: Any = _Read.apply(q_BTHK, weights, narrow, L, held)
-    return outputs_BTHV, _fast_weights(stacks, fast, -1), _Boundaries(stacks, fast)
+    return outputs_BTHV, _fast_weights(stacks, start, -1), _Boundaries(stacks, start)
 
 
 Stacks = tuple[Tensor, Tensor, Tensor | None]
 """Weights before each chunk and after the last, the same in the dtype of keys, and momenta; [B, H, N, 3, M, M]."""
 
 
-def _updates(fast: FastWeights, tokens: Chunk, *, L: int, updates: int, active_UB: Tensor | None, muon: bool) -> Stacks:
-    k_BTHK, v_BTHV, rates_BTH3, momentum_BTH = tokens
-    pack, momentum, keep_UN = _pack(fast.weights), None, None
-    H = pack.shape[1]
-    if fast.momentum is not None and momentum_BTH is not None:
-        momentum = _pack(fast.momentum)
-        used_BULH = momentum_BTH[:, : updates * L].float().unflatten(1, (updates, L))
-        keep_UN = used_BULH.mean(2).transpose(0, 1).flatten(1).contiguous()
-    norms_BH3M = torch.stack([fast.norms[i].squeeze(-1) for i in _ORDER], 2)
-    active_UN = None if active_UB is None else active_UB.to(torch.int32).repeat_interleave(H, 1)
-    inputs = pack, momentum, norms_BH3M, k_BTHK, v_BTHV, rates_BTH3, keep_UN, active_UN
-    made: Any = _Updates.apply(*inputs, L, updates, muon, torch.is_grad_enabled())
-    weights, narrow, momenta = made
-    return weights, weights if narrow is None else narrow, momenta
+class _Start(NamedTuple):
+    """What a piece starts from, as packs [B, H, 3, M, M]; any strides."""
+
+    pack: Tensor
+    momentum: Tensor | None
+    norms_BH3M: Tensor
 
 
 _ORDER = (0, 2, 1)
 """Of the weights in a pack: w0 and w2, which meet the same tokens, are neighbours."""
+
+
+def _start_of(fast: FastWeights | Fresh) -> _Start:
+    if isinstance(fast, FastWeights):
+        momentum = None if fast.momentum is None else _pack(fast.momentum)
+        return _Start(_pack(fast.weights), momentum, _pack(fast.norms).squeeze(-1))
+    pack_1H3MM = torch.stack([fast.weights[i] for i in _ORDER], 1)[None]
+    norms_1H3M = torch.linalg.vector_norm(pack_1H3MM, dim=-1, dtype=torch.float32)
+    pack = pack_1H3MM.expand(fast.rows, -1, -1, -1, -1)
+    return _Start(pack, torch.zeros_like(pack) if fast.momentum else None, norms_1H3M.expand(fast.rows, -1, -1, -1))
 
 
 def _pack(weights: Weights) -> Tensor:
@@ -109,10 +113,25 @@ def _unpacked(pack_BH3MM: Tensor) -> Weights:
     return w0, w1, w2
 
 
-def _fast_weights(stacks: Stacks, fast: FastWeights, n: int) -> FastWeights:
+def _updates(start: _Start, tokens: Chunk, *, L: int, updates: int, active_UB: Tensor | None, muon: bool) -> Stacks:
+    k_BTHK, v_BTHV, rates_BTH3, momentum_BTH = tokens
+    H, momentum, keep_UN = start.pack.shape[1], None, None
+    if start.momentum is not None and momentum_BTH is not None:
+        momentum = start.momentum
+        used_BULH = momentum_BTH[:, : updates * L].float().unflatten(1, (updates, L))
+        keep_UN = used_BULH.mean(2).transpose(0, 1).flatten(1).contiguous()
+    active_UN = None if active_UB is None else active_UB.to(torch.int32).repeat_interleave(H, 1)
+    inputs = start.pack, momentum, start.norms_BH3M, k_BTHK, v_BTHV, rates_BTH3, keep_UN, active_UN
+    made: Any = _Updates.apply(*inputs, L, updates, muon, torch.is_grad_enabled())
+    weights, narrow, momenta = made
+    return weights, weights if narrow is None else narrow, momenta
+
+
+def _fast_weights(stacks: Stacks, start: _Start, n: int) -> FastWeights:
     weights, _, momenta = stacks
-    momentum = fast.momentum if momenta is None else _unpacked(momenta[:, :, n])
-    return FastWeights(_unpacked(weights[:, :, n]), None, momentum, fast.norms)
+    momentum = start.momentum if momenta is None else momenta[:, :, n]
+    norms = _unpacked(start.norms_BH3M[..., None])
+    return FastWeights(_unpacked(weights[:, :, n]), None, None if momentum is None else _unpacked(momentum), norms)
 
 
 @dataclass(frozen=True)
@@ -120,22 +139,23 @@ class _Boundaries:
     """See `chunks.Boundaries`."""
 
     stacks: Stacks
-    fast: FastWeights
+    start: _Start
 
     def after(self, updates_BC: Tensor) -> FastWeights:
-        (weights, _, momenta), fast = self.stacks, self.fast
+        (weights, _, momenta), start = self.stacks, self.start
         B, C = updates_BC.shape
         rows_B1 = torch.arange(B, device=updates_BC.device)[:, None]
 
         def chosen(stack: Tensor) -> Weights:
             return _unpacked(stack[rows_B1, :, updates_BC].flatten(0, 1))
 
-        def repeated(weights: Weights) -> Weights:
-            w0, w1, w2 = (w.repeat_interleave(C, 0) for w in weights)
-            return w0, w1, w2
+        def repeated(pack: Tensor) -> Weights:
+            return _unpacked(pack.repeat_interleave(C, 0))
 
-        momentum = fast.momentum and (repeated(fast.momentum) if momenta is None else chosen(momenta))
-        return FastWeights(chosen(weights), None, momentum, repeated(fast.norms))
+        momentum = None if start.momentum is None else repeated(start.momentum)
+        if momenta is not None:
+            momentum = chosen(momenta)
+        return FastWeights(chosen(weights), None, momentum, repeated(start.norms_BH3M[..., None]))
 
     def reader(self, updates_BC: Tensor) -> Reader:
         weights, narrow, _ = self.stacks

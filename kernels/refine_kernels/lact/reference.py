@@ -9,6 +9,7 @@ that the chunks before it left; then one step, for all of the chunk at once, mak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,27 @@ class FastWeights(NamedTuple):
     """The step before, ahead of Newton-Schulz; None without momentum."""
     norms: Weights
     """Row norms of the initial weights, [B, H, M, 1], [B, H, V, 1], [B, H, M, 1]: every update restores them."""
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The fast weights of texts that begin here: the same in every row."""
+
+    weights: Weights
+    """Of each head: [H, M, K], [H, V, M], [H, M, K]."""
+    rows: int
+    momentum: bool
+    prenorm: bool = False
+
+    def expanded(self) -> FastWeights:
+        """For each row, in memory of its own: a state must not change when the parameters do."""
+
+        def rows(weights: Weights) -> Weights:
+            return _three(w.repeat(self.rows, 1, 1, 1) for w in weights)
+
+        start = rows(self.weights)
+        zeros = _three(w.new_zeros(w.shape) for w in start) if self.momentum else None
+        return FastWeights(start, rows(self.weights) if self.prenorm else None, zeros, rows(row_norms(self.weights)))
 
 
 class Chunk(NamedTuple):

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from refine_kernels.choose import Impl, choose
 
-__all__ = ["FEW", "thin_linear", "thin_linears", "thin_swiglu"]
+__all__ = ["ALONE", "FEW", "thin_linear", "thin_linears", "thin_swiglu"]
 
 FEW = 16
 """Rows that the fused form takes at most."""
+ALONE = 2
+"""Rows up to which one map by itself is faster in the fused form than in the library's product, on a Hopper GPU."""
 
 
 def thin_linear(x: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
