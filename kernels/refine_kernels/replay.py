@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -70,20 +69,23 @@ class _Recording:
             None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
         ]
         self._load(inputs)
-        device = next(x.device for x in inputs if x is not None)
+        self.device = device = next(x.device for x in inputs if x is not None)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             work(*self._inputs, **settings)  # compiles and loads kernels, which a recording must not do
-            # All recordings share memory for what lies between their inputs and their outputs. Other threads and
-            # streams may go on with what they do.
+            # Other threads and streams may go on with what they do.
             self._graph.capture_begin(pool=_pool(device), capture_error_mode="thread_local")
             try:
                 self._outputs = work(*self._inputs, **settings)
             finally:
                 self._graph.capture_end()
         torch.cuda.current_stream(device).wait_stream(stream)
+
+    @property
+    def pool(self) -> Any:
+        return self._graph.pool()
 
     def run(self, inputs: Tensors) -> Tensors:
         """The results, in memory that the next run overwrites."""
@@ -97,9 +99,11 @@ class _Recording:
                 _copy(x, own)
 
 
-@cache
 def _pool(device: torch.device) -> Any:
-    return torch.cuda.graph_pool_handle()
+    """Memory for what lies between inputs and outputs, shared by all recordings; it goes with the last of them."""
+    others = (other for other in _RECORDINGS.values() if other is not None and other.device == device)
+    other = next(others, None)
+    return torch.cuda.graph_pool_handle() if other is None else other.pool
 
 
 _RECORDINGS: OrderedDict[Hashable, _Recording | None] = OrderedDict()
