@@ -221,7 +221,8 @@ def evaluate(
         typer.Option("--truncation", help="What a longer prompt loses: middle (the default), left, error or none."),
     ] = None,
     batch_size: Annotated[
-        str | None, typer.Option("--batch-size", help="Prompts answered at once; auto fills the device.")
+        str | None,
+        typer.Option("--batch-size", help="Prompts answered at once; auto: by length, at most 64 where text is made."),
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32, float64 or bfloat16.")] = None,

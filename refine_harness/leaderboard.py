@@ -14,7 +14,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,9 @@ from refine_harness.records import SHORT_ID, ScoreRecord, TaskScore, in_order, r
 from refine_harness.resources import resource
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 GROUPS = {
     "niah": ("Needle in a haystack", "Find the facts that were hidden in a long text (RULER's eight tasks)."),
@@ -45,7 +47,11 @@ CLEAR = 2.0
 """Differences below so many combined standard errors are not called differences."""
 
 STACK = 4
-"""With more columns than this, a terminal table has errors below their scores, to fit 80 characters."""
+"""With more columns than this, a terminal table of runs has errors below their scores, to fit 80 characters."""
+_LABEL = 12
+"""Fewest characters of a line of a run's name in a terminal table."""
+_BETWEEN = 5
+"""Characters that the edges of two columns and what is between them take there."""
 
 _AXIS = {1: 0.25, 2: 0.5, 5: 1, 10: 2, 20: 5, 40: 10, 50: 10, 60: 20, 80: 20, 100: 20}
 """Ends of a score axis, and their steps."""
@@ -635,29 +641,98 @@ def _markdown(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]()|~#!" else c for c in text)
 
 
-def summary_table(records: Sequence[ScoreRecord]) -> Table:
-    """Group means of `records`, in their order, for a terminal; n counts examples per task."""
+def summary_table(records: Sequence[ScoreRecord]) -> RenderableType:
+    """Group means of `records`, in their order, for a terminal; n counts examples per task.
+
+    A row for each run where that fits the width; else a row for each score, and as many runs beside each other as fit.
+    """
+    return _Summary(score_table(records, overview_columns(records)))
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What is printed at the end; rich cuts what does not fit without a word, so the width decides how."""
+
+    shown: ScoreTable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        def fits(table: Table) -> bool:
+            return _least_width(table, console, options) <= options.max_width
+
+        rows, width = self.shown.rows, options.max_width
+        if fits(self._by_run()):
+            tables = [self._by_run()]
+        else:
+            several = range(len(rows), 1, -1)
+            beside = next((n for n in several if all(fits(self._by_score(part, width)) for part in _parts(rows, n))), 1)
+            tables = [self._by_score(part, width) for part in _parts(rows, beside)]
+        tables[-1].caption = "0 to 100, higher is better. ±: one standard error over examples. n: examples per task."
+        yield from tables
+
+    def _by_run(self) -> Table:
+        from rich.text import Text
+
+        table = _terminal_table()
+        table.add_column("run", overflow="fold", min_width=_LABEL)
+        for column in self.shown.columns:
+            table.add_column(Text(f"{column.full}\n{column.at}".rstrip()), justify="right", no_wrap=True)
+        table.add_column("n", justify="right", no_wrap=True)
+        between = "\n" if len(self.shown.columns) > STACK else " "
+        for row in self.shown.rows:
+            label = Text(_label(row.record))
+            if remarks := _remarks(row.record):
+                label.append(f"\n{remarks}", "yellow")
+            scores = [_styled(cell, between) for cell in row.cells]
+            table.add_row(label, *scores, examples_text(row.record))
+        return table
+
+    def _by_score(self, rows: Sequence[Row], width: int) -> Table:
+        from rich.text import Text
+
+        names = [f"{column.full} {column.at}".rstrip() for column in self.shown.columns]
+        examples = [examples_text(row.record) for row in rows]
+        scores = [[_styled(cell, " ") for cell in row.cells] for row in rows]
+        whole = max(_LABEL, *map(len, examples), *(len(score) for run in scores for score in run))
+        table = _terminal_table()
+        table.add_column(
+            "score", overflow="fold", width=max(_LABEL, min(max(map(len, names)), width - whole - _BETWEEN))
+        )
+        for row in rows:
+            table.add_column(Text(_label(row.record)), justify="right", overflow="fold", min_width=whole)
+        for name, *cells in zip(names, *scores, strict=True):
+            table.add_row(Text(name), *cells)
+        table.add_row("n", *examples)
+        if any(remarks := [Text(_remarks(row.record), "yellow") for row in rows]):
+            table.add_row("", *remarks)
+        return table
+
+
+def _terminal_table() -> Table:
     from rich import box
     from rich.table import Table
+
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+
+
+def _least_width(table: Table, console: Console, options: ConsoleOptions) -> int:
+    """Of `table`, which is not to be printed any more, with its folding columns as narrow as they may be."""
+    for column in table.columns:
+        if column.overflow == "fold":
+            column.max_width = column.min_width
+    return table.__rich_measure__(console, options.update(max_width=10_000)).minimum
+
+
+def _parts(rows: Sequence[Row], most: int) -> list[Sequence[Row]]:
+    """As few parts as can be of at most so many rows, of about one size."""
+    count = -(-len(rows) // most)
+    return [rows[len(rows) * i // count : len(rows) * (i + 1) // count] for i in range(count)]
+
+
+def _label(record: ScoreRecord) -> str:
+    return record.label + (" (the paper's)" if record.source == "paper" else "")
+
+
+def _styled(cell: Cell, between: str) -> Text:
     from rich.text import Text
 
-    shown = score_table(records, overview_columns(records))
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        caption="0 to 100, higher is better. ±: one standard error over examples. n: examples per task.",
-        caption_justify="left",
-    )
-    table.add_column("run", overflow="fold", min_width=12)
-    for column in shown.columns:
-        table.add_column(Text(f"{column.full}\n{column.at}".rstrip()), justify="right", no_wrap=True)
-    table.add_column("n", justify="right")
-    between = "\n" if len(shown.columns) > STACK else " "
-    for row in shown.rows:
-        record = row.record
-        label = Text(record.label + (" (the paper's)" if record.source == "paper" else ""))
-        if remarks := _remarks(record):
-            label.append(f"\n{remarks}", "yellow")
-        scores = [Text(_both(cell.score, between), "bold" if cell.best else "") for cell in row.cells]
-        table.add_row(label, *scores, examples_text(record))
-    return table
+    return Text(_both(cell.score, between), "bold" if cell.best else "")

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 
 Tick = Callable[..., None]
-"""`tick(done, total, **facts)`: how far a task is, and numbers to show beside it."""
+"""`tick(done, total, at, **facts)`: how far a task is, what it is at, and numbers to show beside it. Its clock starts
+anew where another total is told than before."""
 
 
 class Metrics:
@@ -121,7 +122,10 @@ class Progress:
             self._live.stop()
 
     def task(self, name: str, total: int | None = None, done: int = 0) -> Tick:
-        """A line called `name`; `done` of `total` were there before (a resumed run), so the time left ignores them."""
+        """A line called `name`; `done` of `total` were there before (a resumed run), so the time left ignores them.
+
+        Without a total its clock starts at the first tick, and what is done by then was there before.
+        """
         return self._live_task(name, total, done) if self._live is not None else self._plain_task(name, total, done)
 
     def say(self, text: str) -> None:
@@ -131,21 +135,30 @@ class Progress:
     def _live_task(self, name: str, total: int | None, done: int) -> Tick:
         live = self._live
         assert live is not None
-        task = live.add_task(name, total=total, completed=done, facts="")
+        known, started = total, total is not None
+        task = live.add_task(name, start=started, total=total, completed=done, facts="")
 
-        def tick(done: int, total: int | None = None, /, **facts: float) -> None:
-            live.update(task, completed=done, total=total, facts=facts_text(facts))  # total=None keeps what it was
+        def tick(done: int, total: int | None = None, at: str = "", /, **facts: float) -> None:
+            nonlocal known, started
+            total = known if total is None else total
+            if not started or (known is not None and total != known):
+                live.reset(task, total=total, completed=done)
+            known, started = total, True
+            live.update(task, completed=done, total=total, facts=_beside(at, facts))
 
         return tick
 
     def _plain_task(self, name: str, total: int | None, first: int) -> Tick:
-        known, started = total, time.monotonic()
+        known, started = total, None if total is None else time.monotonic()
         told = -math.inf
 
-        def tick(done: int, total: int | None = None, /, **facts: float) -> None:
-            nonlocal known, told
-            known = known if total is None else total
+        def tick(done: int, total: int | None = None, at: str = "", /, **facts: float) -> None:
+            nonlocal known, started, first, told
             now = time.monotonic()
+            total = known if total is None else total
+            if started is None or (known is not None and total != known):
+                started, first = now, done
+            known = total
             if now - told < self._every and done != known:
                 return
             told = now
@@ -153,7 +166,7 @@ class Progress:
             left = spent / (done - first) * (known - done) if known is not None and done > first else None
             of = f"{done}/{known}" if known is not None else str(done)
             times = f"{clock(spent)} so far" + (f", {clock(left)} left" if left else "")
-            self.say("  ".join(part for part in (name, of, facts_text(facts), times) if part))
+            self.say("  ".join(part for part in (name, of, _beside(at, facts), times) if part))
 
         return tick
 
@@ -179,6 +192,10 @@ def step_facts(report: StepReport) -> dict[str, float]:
         facts["reward"] = report.facts["reward"]
     facts["grad"] = report.gradient_norm
     return facts | ({"tokens/s": report.tokens / report.seconds} if report.seconds > 0 else {})
+
+
+def _beside(at: str, facts: Mapping[str, float]) -> str:
+    return "  ".join(part for part in (at, facts_text(facts)) if part)
 
 
 def facts_text(facts: Mapping[str, float]) -> str:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -40,12 +41,19 @@ from refine_harness.config import Evaluation, Experiment, PostConfig, Run, TestT
 from refine_harness.errors import RunError
 from refine_harness.log import Metrics, Progress, step_facts
 from refine_harness.models import load_model, load_tokenizer, resolve_model
+from refine_harness.models.load import pick_device
 from refine_harness.records import ScoreRecord, TrainingFacts, canonical_json, read_record, write_record
 from refine_harness.training.stages import open_data
 from refine_harness.training.stages import train as training_steps
 from refine_harness.training.trainer import Trainer, training_device
 
+if TYPE_CHECKING:
+    from refine_harness.evaluation.tasks import Resolved
+
 Method = Literal["none", "ntp", "refine"]
+
+KEPT_WHILE_TRAINING = 2**28
+"""Bytes of examples that stay in memory while a model is trained; more are built again when they are scored on."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +84,12 @@ def train(
     if isinstance(config, TestTimeConfig):
         assert evaluation is not None, "the command line asks for tasks"
         return evaluate(model, out, evaluation, "refine-ttt", config, name, argv)
-    if evaluation is not None:
-        _check_tasks(evaluation, model)
     with Progress() as progress:
-        made = _train(stage, model, out, config, progress, "train")
+        benchmarks = None if evaluation is None else _benchmarks(evaluation, model, progress)
+        made = _train(stage, model, out, config, progress, "train", benchmarks)
         record = None
-        if evaluation is not None:
-            record = _score(made, evaluation, out, out / "records", name or out.name, name, progress, argv, "score")
+        if benchmarks is not None:
+            record = _score(made, benchmarks, out, out / "records", name or out.name, name, progress, argv, "score")
     print(made.model)
     if record is not None:
         _show([record])
@@ -101,12 +108,12 @@ def evaluate(
     """`refine eval`, and `refine train --stage test-time`. Raises RefineError for whatever the user can put right."""
     if backend == "refine-ttt" and test_time is None:
         test_time = TestTimeConfig()
-    _check_tasks(evaluation, model)
-    made = _made_before(model)
-    claim_run_folder(out, {"kind": "evaluation", "model": _weights(model)})
     with Progress() as progress:
+        benchmarks = _benchmarks(evaluation, model, progress)
+        made = _made_before(model)
+        claim_run_folder(out, {"kind": "evaluation", "model": _weights(model)})
         record = _score(
-            made, evaluation, out, out / "records", name or out.name, name, progress, argv, "score", test_time
+            made, benchmarks, out, out / "records", name or out.name, name, progress, argv, "score", test_time
         )
     _show([record])
 
@@ -114,15 +121,14 @@ def evaluate(
 def experiment(config: Experiment, out: Path | None, argv: Sequence[str]) -> None:
     """`refine run`: every run of an experiment in turn, then the page. Raises RefineError."""
     out = out or Path(config.out or f"runs/{config.name}")
-    console = Console(stderr=True)
-    _check_tasks(config.evaluation, config.model)
-    claim_run_folder(out, {"kind": "experiment", "experiment": config.name, "model": _weights(config.model)})
-    made: dict[str | None, Made] = {None: _made_before(config.model)}
     records = []
-    with Progress(console) as progress:
+    with Progress() as progress:
+        benchmarks = _benchmarks(config.evaluation, config.model, progress)
+        claim_run_folder(out, {"kind": "experiment", "experiment": config.name, "model": _weights(config.model)})
+        made: dict[str | None, Made] = {None: _made_before(config.model)}
         for number, run in enumerate(config.runs, start=1):
             title = f"{number}/{len(config.runs)} {run.label or run.name}"
-            records.append(_one_run(run, made, config.evaluation, out, progress, argv, title))
+            records.append(_one_run(run, made, benchmarks, out, progress, argv, title))
             page = leaderboard.build([out / "records"], out / "page")
     _show(records)
     print(f"\nThe page, for any browser: {page.resolve()}")
@@ -131,7 +137,7 @@ def experiment(config: Experiment, out: Path | None, argv: Sequence[str]) -> Non
 def _one_run(
     run: Run,
     made: dict[str | None, Made],
-    evaluation: Evaluation,
+    benchmarks: Resolved,
     out: Path,
     progress: Progress,
     argv: Sequence[str],
@@ -140,13 +146,13 @@ def _one_run(
     parent, folder, config = made[run.parent], out / run.name, run.training
     test_time = config if isinstance(config, TestTimeConfig) else None
     if config is not None and test_time is None:
-        made[run.name] = _train(run.stage, parent.model, folder, config, progress, f"{title}: training")
+        made[run.name] = _train(run.stage, parent.model, folder, config, progress, f"{title}: training", benchmarks)
     else:
         made[run.name] = parent
         claim_run_folder(folder, {"kind": "evaluation", "model": _weights(parent.model)})
     return _score(
         made[run.name],
-        evaluation,
+        benchmarks,
         folder,
         out / "records",
         run.name,
@@ -158,8 +164,16 @@ def _one_run(
     )
 
 
-def _train(stage: str, model: str, out: Path, config: TrainConfig, progress: Progress, title: str) -> Made:
-    """Train, or go on training, or see that it is done; the final checkpoint."""
+def _train(
+    stage: str,
+    model: str,
+    out: Path,
+    config: TrainConfig,
+    progress: Progress,
+    title: str,
+    benchmarks: Resolved | None,
+) -> Made:
+    """Train, or go on training, or see that it is done; the final checkpoint. `benchmarks` are for later."""
     source = resolve_model(model)
     parent_sha256 = _weights(source)
     chain = (*_made_before(source).chain, describe(config))
@@ -175,6 +189,8 @@ def _train(stage: str, model: str, out: Path, config: TrainConfig, progress: Pro
         progress.say(f"{title}: done before")
         return _made_before(str(done))
 
+    if benchmarks is not None and benchmarks.nbytes > KEPT_WHILE_TRAINING:
+        benchmarks.forget()
     transformers_logging.disable_progress_bar()  # its bar over the shards of a checkpoint would break ours
     resumed = latest_checkpoint(out)
     network, tokenizer = load_model(resumed or source, training_device(config.device), config.dtype)
@@ -215,7 +231,7 @@ def _train(stage: str, model: str, out: Path, config: TrainConfig, progress: Pro
 
 def _score(
     made: Made,
-    evaluation: Evaluation,
+    benchmarks: Resolved,
     out: Path,
     records: Path,
     name: str,
@@ -226,6 +242,7 @@ def _score(
     test_time: TestTimeConfig | None = None,
 ) -> ScoreRecord:
     """Score a checkpoint, or see that it is done; the record, written to `records`."""
+    evaluation = benchmarks.evaluation
     asked = evaluation.model_dump(mode="json", exclude={"device", "batch_size"})
     asked["test_time"] = None if test_time is None else test_time.model_dump(mode="json")
     folder = out / "scores" / hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:12]
@@ -236,7 +253,7 @@ def _score(
         return record
     from refine_harness.evaluation.score import score  # lm-eval, which training alone need not wait for
 
-    tick = progress.task(title)
+    _build(benchmarks, progress)
     chain = made.chain if test_time is None else (*made.chain, describe(test_time))
     record = score(
         made.model,
@@ -251,9 +268,10 @@ def _score(
         training=made.training,
         seed=None if test_time is not None else made.seed,
         test_time=test_time,
+        resolved=benchmarks,
         folder=folder,
         cache_dir=folder / "answers",
-        progress=lambda done, total: tick(done, total),
+        progress=progress.task(title),
     )
     if record is None:  # a process beside the first, which has the record and writes it
         sys.exit(0)
@@ -297,13 +315,25 @@ def _made_before(model: str) -> Made:
         ) from None
 
 
-def _check_tasks(evaluation: Evaluation, model: str) -> None:
-    """Raise TaskError, DataError or ModelError now rather than after training."""
+def _benchmarks(evaluation: Evaluation, model: str, progress: Progress) -> Resolved:
+    """What `model`, and those trained from it, which have its tokenizer, are scored on, built.
+
+    Raises TaskError, DataError or ModelError now rather than after training.
+    """
     from refine_harness.evaluation.tasks import resolve  # lm-eval, which training alone need not wait for
 
     source = resolve_model(model)
     load_tokenizer(source)
-    resolve(evaluation.tasks, evaluation, source).load()
+    pick_device(evaluation.device)
+    benchmarks = resolve(evaluation.tasks, evaluation, source)
+    _build(benchmarks, progress)
+    return benchmarks
+
+
+def _build(benchmarks: Resolved, progress: Progress) -> None:
+    """Build the examples that are not built yet, which can take minutes; the first process says how far it is."""
+    if not benchmarks.built:
+        benchmarks.load(progress.task("examples") if os.environ.get("RANK", "0") == "0" else None)
 
 
 def _weights(model: str) -> str:

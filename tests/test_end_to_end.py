@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -142,6 +144,63 @@ def test_test_time_training_scores_and_leaves_the_model_alone(home: Path, tmp_pa
     assert (home / "model" / "model.safetensors").read_bytes() == before
 
 
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What lm-eval was asked to build, each time."""
+    asked: list[list[str]] = []
+    usual = TaskManager.load
+    monkeypatch.setattr(TaskManager, "load", lambda self, names: asked.append(names) or usual(self, names))
+    return asked
+
+
+def test_an_evaluation_builds_its_examples_once_and_says_so(home: Path, tmp_path: Path, builds: list) -> None:
+    model = str(home / "model")
+    done = refine("eval", "--model", model, "--out", str(tmp_path / "eval"), *TASKS)
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert len(builds) == 1
+    said = done.stderr.splitlines()
+    assert said[0].startswith("examples  0/1  niah_single_1  0:00 so far")
+    assert said[1].startswith("examples  1/1")
+    assert said[2] == "score  0/2  0:00 so far", "the clock starts with the first request"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that is not there")
+def test_a_device_that_is_not_there_is_said_before_anything_is_built(home: Path, tmp_path: Path, builds: list) -> None:
+    out = tmp_path / "eval"
+    done = refine("eval", "--model", str(home / "model"), "--out", str(out), *TASKS, "--device", "cuda")
+    assert done.exit_code == 2
+    assert "torch sees no GPU" in done.stderr
+    assert not builds
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("kept", "times"), ((None, 1), (0, 2)))
+def test_an_experiment_builds_examples_once_or_again_after_training_where_they_are_large(
+    home: Path, tmp_path: Path, builds: list, monkeypatch: pytest.MonkeyPatch, kept: int | None, times: int
+) -> None:
+    if kept is not None:
+        monkeypatch.setattr("refine_harness.run.KEPT_WHILE_TRAINING", kept)
+    settings = {"steps": 1, "batch": {"sequences": 2, "steps": 1}, "algorithm": {"lambda_rl": 0.0}}
+    experiment = {
+        "name": "tiny",
+        "model": str(home / "model"),
+        "evaluation": {"tasks": ["niah_single_1"], "lengths": [1024], "limit": 2},
+        "runs": [
+            {"name": "base", "stage": "base"},
+            {
+                "name": "mid",
+                "stage": "mid",
+                "config": {**settings, "data": {"path": str(home / "texts"), "window": 64}},
+            },
+        ],
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(experiment))
+    did("run", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"))
+    assert len(builds) == times
+    first, second = read_records(tmp_path / "out" / "records")
+    assert first.evaluation.data_sha256 == second.evaluation.data_sha256
+
+
 def started(arguments: list[str], **more: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -221,10 +280,11 @@ def refused(out: Path, *arguments: str) -> str:
     before = sorted(out.rglob("*")) if out.exists() else None
     done = refine(*arguments)
     assert done.exit_code == 2, (done.output, done.stderr, done.exception)
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+    said = [line for line in done.stderr.splitlines() if not line.startswith("examples")]  # how far building was
+    assert len(said) == 1
+    assert said[0].startswith("error: ")
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
-    return done.stderr
+    return said[0]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from io import StringIO
@@ -480,6 +481,30 @@ def test_summary_table_keeps_the_given_order_and_fits_a_terminal() -> None:
     assert "carried over" in text
     assert "niah" in text
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("width", (50, 80, 100, 160, 300, 500))
+@pytest.mark.parametrize("runs", (1, 2, 7))
+def test_summary_table_loses_nothing_at_any_width(width: int, runs: int) -> None:
+    tasks = [f"longbench_{name}" for name in ("passage_retrieval_en", "multifieldqa_en", *"abcdefghij")]
+    values = [[10.0 * run + place / 2 for place in range(len(tasks))] for run in range(runs)]
+    records = []
+    for run in range(runs):
+        more = [
+            TaskScore(task=task, group=task, metric="f1", value=value, stderr=0.2, n=20)
+            for task, value in zip(tasks, values[run], strict=True)
+        ]
+        record = make_record(f"model-{run} trained long", number=run, value=90.0 + run, restore="never")
+        records.append(record.model_copy(update={"scores": (*record.scores, *more)}))
+    out = StringIO()
+    Console(file=out, width=width, color_system=None).print(summary_table(records))
+    text = out.getvalue()
+    assert all(len(line) <= width for line in text.splitlines())
+    words = Counter(text.split())
+    assert {"niah", "1K", "2K", "longbench", *tasks} <= set(words)
+    assert all(words[f"{value:.1f}"] == 1 for run in values for value in run)
+    assert all(words[f"{90.0 + run:.1f}"] == 3 and words[f"model-{run}"] == 1 for run in range(runs))
+    assert words["carried"] == words["100"] == runs
 
 
 def test_numbers_are_written_for_readers() -> None:

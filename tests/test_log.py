@@ -74,6 +74,44 @@ def test_time_left_ignores_what_was_done_before(monkeypatch: pytest.MonkeyPatch)
     assert out.getvalue() == "train  91/100  0:10 so far, 1:30 left\n"
 
 
+@pytest.mark.parametrize("total", (None, 100))
+def test_the_clock_of_a_task_starts_with_it_or_where_its_total_is_first_told(
+    total: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([5.0, 100.0, 110.0] if total else [100.0, 110.0])
+    monkeypatch.setattr("refine_harness.log.time.monotonic", lambda: next(now))
+    out = io.StringIO()
+    tick = Progress(Console(file=out, width=200)).task("score", total)
+    tick(80, 100)
+    tick(90, 100)
+    before, after = out.getvalue().splitlines()
+    if total is None:
+        assert before == "score  80/100  0:00 so far", "80 answers were kept, and took no time"
+        assert after == "score  90/100  0:10 so far, 0:10 left"
+    else:
+        assert after.startswith("score  90/100  1:45 so far")
+
+
+def test_another_total_starts_the_clock_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 60.0, 100.0, 110.0])
+    monkeypatch.setattr("refine_harness.log.time.monotonic", lambda: next(now))
+    out = io.StringIO()
+    tick = Progress(Console(file=out, width=200)).task("score")
+    for done, total in ((0, 4), (4, 4), (0, 30), (10, 30)):
+        tick(done, total)
+    assert out.getvalue().splitlines()[-1] == "score  10/30  0:10 so far, 0:20 left"
+
+
+def test_what_a_task_is_at_is_said_beside_its_numbers() -> None:
+    for terminal in (False, True):
+        out = io.StringIO()
+        with Progress(Console(file=out, force_terminal=terminal, width=120)) as progress:
+            tick = progress.task("examples")
+            tick(3, 12, "niah_multikey_1")
+        assert "3/12" in out.getvalue()
+        assert "niah_multikey_1" in out.getvalue()
+
+
 def test_on_a_terminal_progress_is_a_live_line() -> None:
     out = io.StringIO()
     with Progress(Console(file=out, force_terminal=True, width=120)) as progress:

@@ -23,6 +23,8 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 """Ids 0, 1 and 2 of a tokenizer trained here."""
 
 _TEXTS_AT_ONCE = 1024
+_CHARACTERS_AT_ONCE = 2**22
+"""Bounds the memory of texts whose ids are not kept."""
 _SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 """Every byte has a token, so that no text is unknown."""
 
@@ -41,8 +43,7 @@ def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     if not texts:
         return []
     if getattr(tokenizer, "is_fast", False):
-        encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+        return [np.array(encoding.ids, dtype=dtype) for encoding in _encodings(tokenizer, texts)]
     rows = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return [np.array(row, dtype=dtype) for row in rows]
 
@@ -122,10 +123,39 @@ class WordEncoder:
             self._ids[word], self._counts[word] = ids, len(ids)
 
 
-def count_all(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """Tokens of each text, without special tokens; no ids are kept."""
-    starts = range(0, len(texts), _TEXTS_AT_ONCE)
-    return [len(ids) for start in starts for ids in encode_all(tokenizer, texts[start : start + _TEXTS_AT_ONCE])]
+def count_all(tokenizer: Any, texts: Iterable[str]) -> list[int]:
+    """Tokens of each text, without special tokens; no ids are kept, and equal texts are counted once."""
+    texts = list(texts)
+    counts: dict[str, int] = {}
+    for batch in _portions(dict.fromkeys(texts)):
+        if getattr(tokenizer, "is_fast", False):
+            lengths = map(len, _encodings(tokenizer, batch))
+        else:
+            lengths = map(len, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])
+        counts.update(zip(batch, lengths, strict=True))
+    return [counts[text] for text in texts]
+
+
+def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists that do not cost too much memory at once."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        if batch and (len(batch) == _TEXTS_AT_ONCE or characters + len(text) > _CHARACTERS_AT_ONCE):
+            yield batch
+            batch, characters = [], 0
+        batch.append(text)
+        characters += len(text)
+    if batch:
+        yield batch
+
+
+def _encodings(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
+    """What a fast tokenizer makes of each text, on all cores at once."""
+    backend = tokenizer.backend_tokenizer
+    if backend.padding is not None:  # some are saved so, and would lengthen all texts to the longest
+        backend.no_padding()
+    return backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -198,14 +198,10 @@ def make(*, task: str, facts_only: bool = False, **metadata: Any) -> dict[str, D
     prose = haystack()
 
     def examples(length: int) -> Iterator[Doc]:
-        for index in range(settings.count):
-            seed = settings.seed_of(f"babilong-style/{task}", length, index)
+        seeds = [settings.seed_of(f"babilong-style/{task}", length, index) for index in range(settings.count)]
+        makers = (lambda count_tokens, seed=seed: _example(task, seed, length, count_tokens, prose) for seed in seeds)
+        for index, (seed, made) in enumerate(zip(seeds, counter.fitted(makers, ANSWER_TOKENS), strict=True)):
             question = make_story(task, seed).question
-
-            def example(count_tokens: CountTokens, seed: str = seed) -> Example:
-                return _example(task, seed, length, count_tokens, prose)
-
-            made = counter.fitted(example, ANSWER_TOKENS)
             yield doc(made, index, length, question=question, task=task, data="made here, in the manner of BABILong")
 
     if facts_only:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from refine_harness.data.tokenizer import WordEncoder
+from refine_harness.data.tokenizer import WordEncoder, count_all
 from refine_harness.errors import TaskError
 from refine_harness.resources import find
 from refine_harness.synthetic.fitting import CountTokens, Example
@@ -31,6 +32,9 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Example)
 
 SPLIT = "test"
+
+TOGETHER = 64
+"""Examples whose tokens are counted at once, on all cores."""
 
 
 @dataclass(frozen=True)
@@ -114,22 +118,41 @@ class TokenCounter:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self.quick: CountTokens = WordEncoder(tokenizer).count
         """From the counts of words, each of which is tokenized once; wrong only for texts of unforeseen kinds."""
 
     def exact(self, text: str) -> int:
         """The tokens of the whole text, without special ones."""
-        if self._backend is not None:
-            return len(self._backend.encode(text, add_special_tokens=False).ids)
-        return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return count_all(self._tokenizer, [text])[0]
 
-    def fitted(self, make: Callable[[CountTokens], E], answer_tokens: int) -> E:
-        """The example that `make` makes with quick counts; where these are not exact, the one with exact counts."""
-        example = make(self.quick)
-        if self.exact(example.prompt) + answer_tokens == example.tokens:
-            return example
-        return make(self.exact)
+    def fitted(self, makers: Iterable[Callable[[CountTokens], E]], answer_tokens: int) -> Iterator[E]:
+        """The example of every maker, in order. Raises the TaskError of the first that cannot make one."""
+        remaining = iter(makers)
+        while batch := list(islice(remaining, TOGETHER)):
+            for example in self.tried(batch, answer_tokens):
+                if isinstance(example, TaskError):
+                    raise example
+                yield example
+
+    def tried(self, makers: Sequence[Callable[[CountTokens], E]], answer_tokens: int) -> list[E | TaskError]:
+        """For every maker the example that it makes with quick counts; where these are not exact, the one with exact
+        counts; the TaskError, where it raises one. What a maker makes does not depend on the others."""
+        drafts = [_tried(make, self.quick) for make in makers]
+        prompts = [draft.prompt for draft in drafts if not isinstance(draft, TaskError)]
+        exact = iter(count_all(self._tokenizer, prompts))
+        return [
+            draft
+            if isinstance(draft, TaskError) or next(exact) + answer_tokens == draft.tokens
+            else _tried(make, self.exact)
+            for make, draft in zip(makers, drafts, strict=True)
+        ]
+
+
+def _tried(make: Callable[[CountTokens], E], count_tokens: CountTokens) -> E | TaskError:
+    try:
+        return make(count_tokens)
+    except TaskError as error:
+        return error
 
 
 @lru_cache(maxsize=4)
@@ -183,7 +206,8 @@ def by_length(task: str, lengths: Iterable[int], make: Callable[[int], Iterable[
 
 
 def _logged(task: str, length: int, rows: list[Doc]) -> list[Doc]:
-    log.info("%s at %d tokens: %d examples, sha256 %s", task, length, len(rows), data_sha256(rows))
+    if log.isEnabledFor(logging.INFO):  # the hash takes seconds where prompts are long
+        log.info("%s at %d tokens: %d examples, sha256 %s", task, length, len(rows), data_sha256(rows))
     return rows
 
 

@@ -208,6 +208,9 @@ class RefineLM(TemplateLM):
         self.seconds = 0.0
         """What all answers took, adaptation included; of kept ones, what they took when they were found. With
         several processes, the mean over them."""
+        self.prompt_tokens: dict[str, int] = {}
+        """Tokens, without special ones, of the prompts that answers were generated to: of the whole text, whatever
+        was cut. Those whose answers were all kept need not be here."""
         self._progress = progress
         self._cache = None
         if cache_dir is not None and self.cacheable:
@@ -300,7 +303,8 @@ class RefineLM(TemplateLM):
 
         def prompts(chosen: Sequence[int]) -> list[_Prompt]:
             found = []
-            for index, tokens in zip(chosen, self._encoded([requests[i].args[0] for i in chosen]), strict=True):
+            texts = [requests[index].args[0] for index in chosen]
+            for index, tokens in zip(chosen, self._encoded(texts, counts=self.prompt_tokens), strict=True):
                 decoding = decodings[index]
                 tokens = tokens or array("i", [self.prefix_token_id])
                 tokens, over = self._fit(tokens, decoding.max_tokens, _task(requests[index]))
@@ -530,8 +534,13 @@ class RefineLM(TemplateLM):
 
     # Tokens -------------------------------------------------------------------------------------
 
-    def _encoded(self, texts: Sequence[str], *, begun: bool = True) -> list[array[int]]:
-        """The tokens of many texts, each as `tok_encode` has them; begun: with its begin token, if `add_bos`."""
+    def _encoded(
+        self, texts: Sequence[str], *, begun: bool = True, counts: dict[str, int] | None = None
+    ) -> list[array[int]]:
+        """The tokens of many texts, each as `tok_encode` has them; begun: with its begin token, if `add_bos`.
+
+        `counts` is filled in: how many tokens each text has by itself.
+        """
         different = list(dict.fromkeys(texts))
         of_text: dict[str, array[int]] = {}
         bos = self.tokenizer.bos_token_id
@@ -541,6 +550,8 @@ class RefineLM(TemplateLM):
             for text, tokens in zip(part, encoded["input_ids"], strict=True):
                 begin = [bos] if begun and self.add_bos and tokens[:1] != [bos] else []
                 of_text[text] = array("i", [*begin, *tokens])
+                if counts is not None:
+                    counts[text] = len(tokens)
         return [of_text[text] for text in texts]
 
     def _encoded_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[array[int], array[int]]]:

@@ -21,12 +21,13 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from refine_harness.errors import TaskError, suggest
-from refine_harness.evaluation.generation import Doc, GeneratorSettings, by_length, doc, first_line
+from refine_harness.evaluation.generation import TOGETHER, Doc, GeneratorSettings, by_length, doc, first_line
 from refine_harness.evaluation.scorers import string_match_part
 from refine_harness.synthetic.fitting import CountTokens, Example
 from refine_harness.synthetic.questions import ANSWER_TOKENS, make_multidoc
@@ -105,36 +106,36 @@ def load(*, corpus: CorpusName, **metadata: Any) -> dict[str, Dataset]:
     data = read_corpus(corpus, settings.data)
 
     def examples(length: int) -> Iterator[Doc]:
+        def make(index: int, count_tokens: CountTokens) -> Example:
+            question = data.questions[index]
+            return make_multidoc(
+                question.text,
+                [data.paragraphs[i] for i in question.gold],
+                data.paragraphs,
+                answers=question.answers,
+                near=[data.paragraphs[i] for i in question.near],
+                tokens=length,
+                count_tokens=count_tokens,
+                seed=settings.seed_of(corpus, length, index),
+                fill=True,
+            )
+
         made = skipped = 0
-        for index in _asked(len(data.questions), settings, corpus, length):
-            if made == min(settings.count, len(data.questions)):
-                break
-
-            def make(count_tokens: CountTokens, index: int = index) -> Example:
-                question = data.questions[index]
-                return make_multidoc(
-                    question.text,
-                    [data.paragraphs[i] for i in question.gold],
-                    data.paragraphs,
-                    answers=question.answers,
-                    near=[data.paragraphs[i] for i in question.near],
-                    tokens=length,
-                    count_tokens=count_tokens,
-                    seed=settings.seed_of(corpus, length, index),
-                    fill=True,
-                )
-
-            try:
-                example = counter.fitted(make, ANSWER_TOKENS)
-            except TaskError as error:
-                skipped += 1
-                if not made and skipped == min(settings.samples, len(data.questions)):
-                    raise TaskError(
-                        f"refine_longqa_{corpus} finds no question that fits into {length} tokens. The last: {error}"
-                    ) from None
-                continue
-            made += 1
-            yield doc(example, index, length)
+        wanted = min(settings.count, len(data.questions))
+        asked = _asked(len(data.questions), settings, corpus, length)
+        while batch := list(islice(asked, min(wanted - made, TOGETHER))):  # never one that might not be needed
+            makers = [partial(make, index) for index in batch]
+            for index, example in zip(batch, counter.tried(makers, ANSWER_TOKENS), strict=True):
+                if isinstance(example, TaskError):
+                    skipped += 1
+                    if not made and skipped == min(settings.samples, len(data.questions)):
+                        raise TaskError(
+                            f"refine_longqa_{corpus} finds no question that fits into {length} tokens. "
+                            f"The last: {example}"
+                        )
+                    continue
+                made += 1
+                yield doc(example, index, length)
         if skipped:
             log.warning("refine_longqa_%s: %d questions exceed %d tokens; others are asked", corpus, skipped, length)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +49,12 @@ def load(*, spec: str, essays: str | None = None, **metadata: Any) -> dict[str, 
     hidden_in = haystack(essays)
 
     def examples(length: int) -> Iterator[Doc]:
-        for index in range(settings.count):
+        def make(index: int, count_tokens: CountTokens) -> NiahExample:
+            seed = settings.seed_of(spec, length, index)
+            return make_niah(SPECS[spec], tokens=length, count_tokens=count_tokens, seed=seed, haystack=hidden_in)
 
-            def make(count_tokens: CountTokens, index: int = index) -> NiahExample:
-                seed = settings.seed_of(spec, length, index)
-                return make_niah(SPECS[spec], tokens=length, count_tokens=count_tokens, seed=seed, haystack=hidden_in)
-
-            example = counter.fitted(make, ANSWER_TOKENS)
+        makers = (partial(make, index) for index in range(settings.count))
+        for index, example in enumerate(counter.fitted(makers, ANSWER_TOKENS)):
             yield doc(example, index, length, depths=list(example.depths))
 
     return by_length(f"refine_{spec}", settings.lengths, examples)

@@ -42,9 +42,9 @@ def load(*, spec: str, **metadata: Any) -> dict[str, Dataset]:
     make, answer_tokens = TASKS[spec]
 
     def examples(length: int) -> Iterator[Doc]:
-        for index in range(settings.count):
-            seed = settings.seed_of(spec, length, index)
-            example = counter.fitted(lambda count_tokens, seed=seed: make(length, count_tokens, seed), answer_tokens)
+        seeds = (settings.seed_of(spec, length, index) for index in range(settings.count))
+        makers = (lambda count_tokens, seed=seed: make(length, count_tokens, seed) for seed in seeds)
+        for index, example in enumerate(counter.fitted(makers, answer_tokens)):
             yield doc(example, index, length)
 
     return by_length(f"refine_ruler_{spec}", settings.lengths, examples)

@@ -26,6 +26,7 @@ import torch
 
 from refine_harness.checkpoint import FINAL, weights_sha256
 from refine_harness.config import Evaluation, TestTimeConfig
+from refine_harness.data.tokenizer import count_all
 from refine_harness.errors import TaskError
 from refine_harness.evaluation import longbench, statistics
 from refine_harness.evaluation.lm import Progress, RefineLM, RefineTTTLM, tokenizer_sha256
@@ -64,8 +65,6 @@ log = logging.getLogger(__name__)
 
 _Part = tuple[str, int | None]
 """A task's short name and a context length, where it has lengths."""
-_COUNTED = 2**22
-"""Characters whose tokens are counted at once; bounds memory."""
 
 
 def score(
@@ -83,6 +82,7 @@ def score(
     test_time: TestTimeConfig | None = None,
     seed: int | None = None,
     loaded: tuple[Any, Any] | None = None,
+    resolved: Resolved | None = None,
     folder: str | Path | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
@@ -101,6 +101,7 @@ def score(
         seed: what the record calls its seed; None for that of test-time training or of the evaluation.
         loaded: the model and tokenizer that `load_model(model)` gave, to load nothing again; its device and dtype
             count. It comes back as it was.
+        resolved: what `resolve` gave for this evaluation and a model with this tokenizer, to build no example again.
         folder: where to write `samples.parquet`: one row per example (`samples.Sample`).
         cache_dir: keeps answers as they come, so that the same call goes on after an interruption.
         progress: told how many requests are answered; None for silence.
@@ -111,7 +112,7 @@ def score(
     with _quiet(), _own_randomness():
         source = resolve_model(model)
         pick_device(evaluation.device)  # the backend takes the CPU where lm-eval's default device is not there
-        resolved = resolve(evaluation.tasks, evaluation, source)
+        resolved = resolved or resolve(evaluation.tasks, evaluation, source)
         resolved.load()
         lm = _backend(source, evaluation, test_time, loaded, cache_dir, progress)
         weights = weights_sha256(source if Path(source).is_dir() else lm.model)
@@ -354,8 +355,9 @@ def _samples(results: Mapping[str, Any], lm: RefineLM) -> list[Sample]:
                 name = score_name(metric, sample["filter"], _scorer(task, results))
                 scores.setdefault(sample["doc_id"], {})[name] = plain(sample[metric])
         texts = [_texts(sample, kind) for sample in first.values()]
-        prompts = _token_counts(lm.tokenizer, [prompt for prompt, _ in texts])
-        answers = _token_counts(lm.tokenizer, [answer for _, answer in texts])
+        new = [prompt for prompt, _ in texts if prompt not in lm.prompt_tokens]
+        counts = lm.prompt_tokens | dict(zip(new, count_all(lm.tokenizer, new), strict=True))
+        answers = count_all(lm.tokenizer, [answer for _, answer in texts])
         samples += [
             Sample(
                 task=_short(task),
@@ -367,11 +369,11 @@ def _samples(results: Mapping[str, Any], lm: RefineLM) -> list[Sample]:
                 answers=tuple(as_text(answer) for request in sample["resps"] for answer in request),
                 reference=_reference(task, sample, config),
                 scores=scores[doc_id],
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=counts[prompt],
                 answer_tokens=answer_tokens,
                 truncated=(task, doc_id) in lm.shortened,
             )
-            for (doc_id, sample), prompt_tokens, answer_tokens in zip(first.items(), prompts, answers, strict=True)
+            for (doc_id, sample), (prompt, _), answer_tokens in zip(first.items(), texts, answers, strict=True)
         ]
     return samples
 
@@ -384,27 +386,6 @@ def _texts(sample: Mapping[str, Any], kind: str) -> tuple[str, str]:
     if kind == "loglikelihood_rolling":
         return "", str(arguments[0][0])
     return str(arguments[0][0]), "".join(str(argument[1]) for argument in arguments)
-
-
-def _token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """Tokens of each text, without special ones; equal texts are counted once."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    counts: dict[str, int] = {}
-    batch: list[str] = []
-    characters = 0
-    different = list(dict.fromkeys(texts))
-    for place, text in enumerate(different):
-        batch.append(text)
-        characters += len(text)
-        if characters < _COUNTED and place < len(different) - 1:
-            continue
-        if backend is not None:
-            lengths = map(len, backend.encode_batch_fast(batch, add_special_tokens=False))
-        else:
-            lengths = map(len, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])
-        counts.update(zip(batch, lengths, strict=True))
-        batch, characters = [], 0
-    return [counts[text] for text in texts]
 
 
 def _reference(task: str, sample: Mapping[str, Any], config: Mapping[str, Any]) -> Any:

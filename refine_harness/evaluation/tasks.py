@@ -11,7 +11,7 @@ The command line says `ruler`, `longbench`, `short`; lm-eval's registry says `re
 come from the hub, or from a copy of the hub's data set under the data folder: DIR/allenai/ai2_arc for arc_easy.
 
 Unknown names are refused before anything is built; `Resolved.load` then builds all examples, so that missing data
-is reported before a model is loaded.
+is reported before a model is loaded. They are kept for every model that is scored on them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import logging
 import math
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from statistics import fmean, stdev
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
 
 log = logging.getLogger(__name__)
+
+BuildProgress = Callable[[int, int | None, str], None]
+"""Called as each task's examples begin to be built, with tasks done so far, tasks in all (None where that is not known
+before) and the task's short name; and once at the end, without a name."""
 
 PREFIX = "refine_"
 STOCK = "stock:"
@@ -133,12 +137,49 @@ class Resolved:
     evaluation: Evaluation
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Groups of ours that were asked for -> their tasks, by registry name."""
+    _built: list[TaskDict] = field(default_factory=list, init=False, repr=False, compare=False)
+    """What `load` built: one, or none."""
 
-    @cached_property
-    def _loaded(self) -> TaskDict:
+    def load(self, progress: BuildProgress | None = None) -> TaskDict:
+        """All tasks with all their examples, built once. Raises TaskError for data that is missing or too short."""
+        if not self._built:
+            self._built.append(self._build(progress or (lambda done, total, task: None)))
+        return self._built[0]
+
+    @property
+    def built(self) -> bool:
+        return bool(self._built)
+
+    def forget(self) -> None:
+        """Frees the memory of the examples; `load` builds them again."""
+        self._built.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the examples of ours that are built; those of stock tasks stay on the disk."""
+        loaded: list[tuple[str, Any]] = [item for built in self._built for item in built["tasks"].items()]
+        ours = [task for name, task in loaded if name.startswith(PREFIX)]
+        return sum(split.data.nbytes for task in ours for split in task.dataset.values())
+
+    @property
+    def _count(self) -> int | None:
+        """Tasks in all; None where a stock group is among them, which only lm-eval's index knows."""
+        ours = our_groups()
+        if any(not name.startswith(PREFIX) and _stock_folders().get(name, Path()) is None for name in self.names):
+            return None
+        return sum(len(ours.get(name, (name,))) for name in self.names)
+
+    def _build(self, progress: BuildProgress) -> TaskDict:
+        count, begun = self._count, 0
+
+        def begins(task: str) -> None:
+            nonlocal begun
+            progress(begun, count, task.removeprefix(PREFIX))
+            begun += 1
+
         try:
-            with _lm_eval_randomness(), _copies_under(data_folder({"data": self.evaluation.data})):
-                return self.task_manager.load(list(self.names))
+            with _lm_eval_randomness(), _copies_under(data_folder({"data": self.evaluation.data})), _heard(begins):
+                built = self.task_manager.load(list(self.names))
         except ValueError as error:
             if "Duplicate task" in str(error):
                 raise TaskError(f"{first_line(error)}. Ask for one of the two groups.") from None
@@ -149,10 +190,8 @@ class Resolved:
                 "Stock tasks read the hub, or a copy of its data set under --data (such as DIR/allenai/ai2_arc), or "
                 "need packages of their own: connect, copy or install them, or leave the task out."
             ) from None
-
-    def load(self) -> TaskDict:
-        """All tasks with all their examples, built once. Raises TaskError for data that is missing or too short."""
-        return self._loaded
+        progress(begun, begun, "")
+        return built
 
     @property
     def samples(self) -> dict[str, list[int]] | None:
@@ -181,6 +220,24 @@ class Resolved:
         with _lm_eval_randomness():
             results = evaluate(lm=lm, task_dict=loaded, samples=self.samples, log_samples=True, **options)
         return dict(results or {})
+
+
+@contextmanager
+def _heard(begins: Callable[[str], None]) -> Iterator[None]:
+    """For a while `begins` hears the name of every task whose data lm-eval begins to get, which takes the time."""
+    from lm_eval.api.task import ConfigurableTask
+
+    usual = ConfigurableTask.download
+
+    def download(self: ConfigurableTask, *args: Any, **settings: Any) -> None:
+        begins(str(self.config.task))
+        usual(self, *args, **settings)
+
+    ConfigurableTask.download = download
+    try:
+        yield
+    finally:
+        ConfigurableTask.download = usual
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from refine_harness.data import tokenizer as module
 from refine_harness.data.tokenizer import WordEncoder, count_all, encode_all, pad_id, train_tokenizer
 from refine_harness.errors import DataError
 
@@ -37,6 +38,29 @@ def test_ids_are_compact_and_counted(tokenizer: PreTrainedTokenizerFast):
     assert [tokenizer.decode(array) for array in ids] == texts
     assert count_all(tokenizer, texts) == [len(array) for array in ids]
     assert encode_all(tokenizer, []) == []
+
+
+def test_texts_are_counted_once_and_in_portions(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch):
+    texts = [*(prose(n) for n in range(1, 30)), prose(5), ""]
+    alone = [len(encode_all(tokenizer, [text])[0]) for text in texts]
+    portions = []
+    monkeypatch.setattr("refine_harness.data.tokenizer._CHARACTERS_AT_ONCE", 300)
+    usual = module._encodings
+    monkeypatch.setattr(module, "_encodings", lambda t, batch: portions.append(batch) or usual(t, batch))
+    assert count_all(tokenizer, texts) == alone
+    assert len(portions) > 2
+    assert [text for portion in portions for text in portion] == list(dict.fromkeys(texts))
+    assert all(len(portion) == 1 or sum(map(len, portion)) <= 300 for portion in portions)
+
+
+def test_a_tokenizer_that_was_saved_with_padding_pads_nothing(tokenizer: PreTrainedTokenizerFast):
+    texts = [prose(10), "", AWKWARD]
+    ids = encode_all(tokenizer, texts)
+    padding = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    padding.backend_tokenizer.enable_padding(pad_token="<pad>")
+    assert [found.tolist() for found in encode_all(padding, texts)] == [expected.tolist() for expected in ids]
+    padding.backend_tokenizer.enable_padding(pad_token="<pad>")
+    assert count_all(padding, texts) == [len(expected) for expected in ids]
 
 
 def test_a_vocabulary_that_is_too_small_or_cannot_be_filled(tmp_path: Path):

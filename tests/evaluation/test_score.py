@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from refine_harness.config import Evaluation, load
 from refine_harness.config import TestTimeConfig as Settings
 from refine_harness.data.tokenizer import train_tokenizer
 from refine_harness.errors import DataError, ModelError, RunError, TaskError
+from refine_harness.evaluation import score as module
 from refine_harness.evaluation import statistics
 from refine_harness.evaluation.compare import open_run
 from refine_harness.evaluation.lm import RefineLM
@@ -88,6 +90,22 @@ def test_cut_prompts_are_counted_for_each_length(scored):
     record, out, _, _ = scored
     assert {s.length: s.truncated for s in record.scores} == {768: 0, 1024: 2}
     assert all(row.truncated == (row.length == 1024) for row in answers(out))
+
+
+def test_examples_are_neither_resolved_nor_tokenized_again(scored, folder, monkeypatch):
+    evaluation = EVALUATION.model_copy(update={"max_length": 900})
+    resolved = module.resolve(evaluation.tasks, evaluation, str(folder))
+    built: Any = resolved.load()["tasks"]
+    prompts = {doc["prompt"] for task in built.values() for doc in task.eval_docs}
+    counted = []
+    usual = module.count_all
+    monkeypatch.setattr(module, "count_all", lambda t, texts: counted.extend(texts) or usual(t, texts))
+    monkeypatch.setattr(module, "resolve", None)
+    record = score(folder, evaluation, name="tiny", argv=[], resolved=resolved)
+    assert record is not None
+    assert record.scores == scored[0].scores, "their hash is of the numbers of tokens, too"
+    assert counted
+    assert not prompts & set(counted)
 
 
 def test_answers_are_written_in_the_order_of_tasks_and_documents(scored):

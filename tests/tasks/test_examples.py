@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from refine_harness.errors import TaskError
-from refine_harness.evaluation import longbench, longqa, niah
-from refine_harness.evaluation.generation import GeneratorSettings, data_sha256
+from refine_harness.evaluation import generation, longbench, longqa, niah
+from refine_harness.evaluation.generation import GeneratorSettings, data_sha256, token_counter
 
 from .conftest import LONGBENCH, hotpot_rows, longbench_rows, squad_rows, write_json, write_parquet
 
@@ -118,6 +118,28 @@ def test_questions_come_with_what_answers_them(corpus: str, data_folder: str, to
         if corpus == "hotpot":
             number = question.removesuffix(" live in?").rpartition(" ")[2]
             assert f"Thing {number}\nThing {number} was made" in doc["prompt"]
+
+
+def test_prompts_are_counted_together(monkeypatch: pytest.MonkeyPatch, data_folder: str, tokenizer_folder: str):
+    together = []
+    usual = generation.count_all
+    monkeypatch.setattr(generation, "count_all", lambda t, texts: together.append(len(texts)) or usual(t, texts))
+    made = docs(niah.load, spec="niah_single_1", tokenizer=tokenizer_folder, lengths=[768], samples=generation.TOGETHER)
+    assert len(made) in together
+    together.clear()
+    questions = asked("squad", data_folder, tokenizer_folder)
+    assert len(questions) in together
+
+
+def test_where_quick_counts_are_wrong_examples_are_made_with_exact_ones(
+    monkeypatch: pytest.MonkeyPatch, data_folder: str, tokenizer_folder: str
+):
+    counter = token_counter(tokenizer_folder)
+    right = asked("squad", data_folder, tokenizer_folder)
+    monkeypatch.setattr(counter, "quick", lambda text: counter.exact(text) + 1)
+    assert asked("squad", data_folder, tokenizer_folder) == right
+    with pytest.raises(TaskError, match="cannot be made 100 tokens long"):
+        docs(niah.load, spec="niah_multiquery", tokenizer=tokenizer_folder, lengths=[100])
 
 
 def test_a_limit_takes_some_of_the_same_examples(data_folder: str, tokenizer_folder: str):

@@ -119,6 +119,25 @@ def test_resolved_tasks_can_be_run_again(data_folder: str, tokenizer_folder: str
     assert first[0].n == 3
 
 
+def test_examples_are_built_once_until_they_are_forgotten_and_building_says_how_far_it_is(
+    data_folder: str, tokenizer_folder: str
+):
+    evaluation = Evaluation(lengths=(1000,), limit=2, data=data_folder)
+    resolved = resolve(["longqa", "longbench_trec"], evaluation, tokenizer_folder)
+    assert (resolved.built, resolved.nbytes) == (False, 0)
+    told = []
+    loaded: Any = resolved.load(lambda *now: told.append(now))
+    assert told == [(0, 3, "longqa_squad"), (1, 3, "longqa_hotpot"), (2, 3, "longbench_trec"), (3, 3, "")]
+    assert resolved.load(lambda *now: told.append(now)) is loaded
+    assert len(told) == 4
+    prompts = [doc["prompt"] for task in loaded["tasks"].values() for doc in task.eval_docs]
+    assert resolved.nbytes > sum(map(len, prompts))
+    resolved.forget()
+    assert (resolved.built, resolved.nbytes) == (False, 0)
+    again: Any = resolved.load()
+    assert [doc["prompt"] for task in again["tasks"].values() for doc in task.eval_docs] == prompts
+
+
 def test_one_example_has_no_standard_error(data_folder: str, tokenizer_folder: str):
     resolved = resolve(["longbench_trec"], Evaluation(data=data_folder, limit=1), tokenizer_folder)
     score = extract_scores(resolved.evaluate(DummyLM()), resolved)[0]
