@@ -1,6 +1,6 @@
 """A long row of small kernels as one launch: recorded as a CUDA graph, and replayed on copies of its inputs.
 
-LaCT's chunks must be worked through one after another, some sixty kernels each, forward and backward. Launched one by
+LaCT's chunks must be worked through one after another, dozens of kernels each, forward and backward. Launched one by
 one from Python they take longer to launch than to run. Where nothing can be recorded (no GPU, inside another recording,
 too much to copy) the work simply runs; the numbers are the same.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT = 8
+KEPT = 16
 """Recordings in all; the one used longest ago goes first."""
 LARGEST = 2**30
 """Bytes of inputs above which nothing is recorded: so much work keeps a GPU busy for longer than it takes to launch."""

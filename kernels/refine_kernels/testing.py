@@ -1,7 +1,10 @@
-"""What tests of kernels share: one table of tolerances, and memory that is poisoned before use."""
+"""What tests of kernels share: one table of tolerances, memory that is poisoned before use, Triton's interpreter."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,3 +59,14 @@ def poisoned() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         filling.fill_uninitialized_memory = before[1]
+
+
+def run_interpreted(path: str) -> None:
+    """Run a file's tests in Triton's interpreter; raise AssertionError with their output where one fails.
+
+    They run in a process of their own, because the variable must be set before Triton is imported.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

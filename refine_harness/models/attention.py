@@ -100,22 +100,23 @@ class Attention(FastWeightLayer):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
-        q_BTHD = rows.spread(self.q_proj(x_BTD)).unflatten(-1, (self.heads, -1))
-        k_BTGD, v_BTGD = (
-            rows.spread(proj(x_BTD)).unflatten(-1, (self.groups, -1)) for proj in (self.k_proj, self.v_proj)
-        )
-        by = turns(rows, q_BTHD.shape[-1], self.theta, q_BTHD)
+        q_BTHD = self.q_proj(x_BTD).unflatten(-1, (self.heads, -1))
+        k_BTGD, v_BTGD = (proj(x_BTD).unflatten(-1, (self.groups, -1)) for proj in (self.k_proj, self.v_proj))
+        by = turns(rows, q_BTHD.shape[-1], self.theta, q_BTHD, rows.packing)
         q_BTHD, k_BTGD = rotary(q_BTHD, by), rotary(k_BTGD, by)
-        history, past, past_B = {"keys": k_BTGD, "values": v_BTGD}, 0, None
-        if state is not None:
+        history, past = {"keys": rows.spread(k_BTGD), "values": rows.spread(v_BTGD)}, 0
+        if state is None:
+            o_BTHD = window_attention(q_BTHD, k_BTGD, v_BTGD, window=self.window, packing=rows.packing)
+        else:
             past = state["keys"].shape[1]
             past_B = rows.seen_B.clamp(max=past)
             history = {name: torch.cat((state[name].to(x.dtype), x), 1) for name, x in history.items()}
-        o_BTHD = window_attention(q_BTHD, history["keys"], history["values"], past_B, window=self.window)
+            o_BTHD = window_attention(rows.spread(q_BTHD), *history.values(), past_B, window=self.window)
+            o_BTHD = rows.packed(o_BTHD)
         tape = {"history": history, "past": past}
         whole = self.window is None and rows.lengths_B is None
         after = dict(history) if whole else self.fork(tape, rows.ends_B1)
-        return self.o_proj(rows.packed(o_BTHD.flatten(2))), after, tape if forkable else None
+        return self.o_proj(o_BTHD.flatten(2)), after, tape if forkable else None
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The keys and values up to each position, as many as a later token can see."""

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from refine_kernels import (
+    Packing,
     SharedQKV,
     add_normed_heads,
     fork_attention,
@@ -260,7 +261,7 @@ class LaCTMixer(FastWeightLayer):
         the last W - 1 keys and values of attention, right-aligned. Its shapes are the same after any text.
         """
         qkv_BTX, said = self._linear(x_BTD)
-        read_by = self.used_twice(qkv_BTX, rows)
+        read_by = self.used_twice(qkv_BTX, rows, rows.packing)
         attended_BTD, window, tape = self._attend(read_by, state, rows)
         if "place" not in rows.memo:
             assert rows.seen is not None
@@ -273,9 +274,9 @@ class LaCTMixer(FastWeightLayer):
             read = self._read_fast_weights(read_by, said, state, rows, place, forkable)
             outputs_BTHV, after = read.outputs_BTHV, {**_as_tensors(read.fast, read.unfinished), **window}
             tape = {"read": read, "before": state, **tape}
-        gate_BTH = None if said.gate_BTH is None else rows.spread(said.gate_BTH)
-        y_BTD = add_normed_heads(attended_BTD, outputs_BTHV, self.ttt_norm.weight, gate_BTH, self.ttt_norm.eps)
-        return self.o_proj(rows.packed(y_BTD)), after, tape if forkable else None
+        norm = self.ttt_norm
+        y_BTD = add_normed_heads(attended_BTD, rows.packed(outputs_BTHV), norm.weight, said.gate_BTH, norm.eps)
+        return self.o_proj(y_BTD), after, tape if forkable else None
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The weights of the chunks completed so far, the tokens since, and the window: all of it is on the tape."""
@@ -308,18 +309,18 @@ class LaCTMixer(FastWeightLayer):
             qkv_BTX, said = self.qkv(x_BTD), _joined(x_BTD, maps[1:])
         return qkv_BTX, Controls(said[0], said[-1] if kept else None, said[1] if scaled else None, raw=True)
 
-    def used_twice(self, qkv_BTX: Tensor, rows: Rows) -> SharedQKV:
-        """Queries, keys and values for attention and for the fast weights, in rows."""
+    def used_twice(self, qkv_BTX: Tensor, rows: Rows, packing: Packing | None = None) -> SharedQKV:
+        """Queries, keys and values for attention and for the fast weights, as they come: in rows, or packed."""
         config = self.config
         qkv_BT3D = qkv_BTX.unflatten(-1, (3, -1))
         if config.attn_qk_norm:
             q_BTD, k_BTD, v_BTD = qkv_BT3D.unbind(2)
             qkv_BT3D = torch.stack((self.q_norm(q_BTD), self.k_norm(k_BTD), v_BTD), 2)
         return shared_qkv(
-            rows.spread(qkv_BT3D),
+            qkv_BT3D,
             self.qk_scale,
             self.qk_offset,
-            turns(rows, config.hidden_size // config.num_attn_heads, config.rope_theta, qkv_BT3D),
+            turns(rows, config.hidden_size // config.num_attn_heads, config.rope_theta, qkv_BT3D, packing),
             fast_heads=config.num_lact_heads,
             silu=config.qkv_silu,
             silu_values=config.qkv_silu and not config.no_v_silu,
@@ -329,25 +330,29 @@ class LaCTMixer(FastWeightLayer):
     def _attend(
         self, read_by: SharedQKV, state: dict[str, Tensor] | None, rows: Rows
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Outputs [B, T, D], the window after the real tokens, and this reading's own keys and values."""
+        """Outputs as they come, the window after the real tokens, and this reading's own keys and values in rows."""
         W = self.config.window_size
         q_BTAI, k_BTAI, v_BTD = read_by[:3]
-        own = {"window_keys": k_BTAI.flatten(2), "window_values": v_BTD}
+        own = {"window_keys": rows.spread(k_BTAI.flatten(2)), "window_values": rows.spread(v_BTD)}
         if state is not None and rows.T == 1 and rows.in_place:
             window = {name: state[name] for name in own}
             q_BAI, k_BAI, v_BAI = (x[:, 0] for x in (q_BTAI, k_BTAI, v_BTD.view_as(k_BTAI)))
             o_BAI = window_step(q_BAI, k_BAI, v_BAI, *window.values(), seen_B=rows.seen_B)
             return o_BAI.flatten(1)[:, None], window, own
-        past = None if state is None else {name: torch.cat((state[name], x), 1) for name, x in own.items()}
-        k_BSAI, v_BSAI = (x.unflatten(-1, q_BTAI.shape[2:]) for x in (past or own).values())
-        assert rows.seen is not None
-        # One token is read by the same operations wherever the rows stand, so that it can be recorded as a graph.
-        full = past is None or (rows.T > 1 and min(rows.seen) >= W - 1)
-        past_B = None if full else rows.seen_B.clamp(max=W - 1)
-        o_BTD = window_attention(q_BTAI, k_BSAI, v_BSAI, past_B, window=W).flatten(2)
-        if past is not None and rows.T == 1:
-            return o_BTD, {name: x[:, 1:] for name, x in past.items()}, own
-        return o_BTD, self._window_at(own, state, None if rows.lengths_B is None else rows.ends_B1), own
+        if state is None:
+            o_BTAI = window_attention(q_BTAI, k_BTAI, v_BTD.view_as(k_BTAI), window=W, packing=rows.packing)
+        else:
+            past = {name: torch.cat((state[name], x), 1) for name, x in own.items()}
+            k_BSAI, v_BSAI = (x.unflatten(-1, q_BTAI.shape[2:]) for x in past.values())
+            assert rows.seen is not None
+            # One token is read by the same operations wherever the rows stand, so that it can be recorded as a graph.
+            full = rows.T > 1 and min(rows.seen) >= W - 1
+            past_B = None if full else rows.seen_B.clamp(max=W - 1)
+            o_BTAI = rows.packed(window_attention(rows.spread(q_BTAI), k_BSAI, v_BSAI, past_B, window=W))
+            if rows.T == 1:
+                return o_BTAI.flatten(2), {name: x[:, 1:] for name, x in past.items()}, own
+        after = self._window_at(own, state, None if rows.lengths_B is None else rows.ends_B1)
+        return o_BTAI.flatten(2), after, own
 
     def _window_at(self, own: Tape, before: dict[str, Tensor] | None, positions_BC: Tensor | None) -> dict[str, Tensor]:
         """The last W - 1 keys and values up to each position, zeros before the text's start; B·C rows.
@@ -378,8 +383,8 @@ class LaCTMixer(FastWeightLayer):
         if momentum_BTH is not None:
             momentum_BTH = rows.spread(momentum_BTH.sigmoid() if said.raw else momentum_BTH)
         return lact(
-            read_by.fast_q_BTHK,
-            Chunk(read_by.fast_k_BTHK, read_by.fast_v_BTHK, rates_BTHX, momentum_BTH),
+            rows.spread(read_by.fast_q_BTHK),
+            Chunk(rows.spread(read_by.fast_k_BTHK), rows.spread(read_by.fast_v_BTHK), rates_BTHX, momentum_BTH),
             self._initial(len(rows.lengths)) if state is None else _fast_weights(state),
             None if state is None else _unfinished(state),
             place,

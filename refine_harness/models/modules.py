@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from refine_kernels import (
+    Packing,
     Turns,
     add_rms_norm,
     gated_rms_norm,
@@ -126,12 +127,16 @@ class GatedMLP(nn.Module):
         return self.down_proj(swiglu(gate, up))  # an adapter stands in its place
 
 
-def turns(rows: Rows, size: int, theta: float, x: Tensor) -> Turns:
-    """Angles of rotary position embedding for heads of that size, for tensors like `x`; made once for all layers."""
+def turns(rows: Rows, size: int, theta: float, x: Tensor, packing: Packing | None = None) -> Turns:
+    """Angles of rotary position embedding for heads of that size, for tensors like `x`; made once for all layers.
+
+    packing: where they are for packed tokens; None for those of rows.
+    """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    name = f"turns {size} {theta} {wide}"
+    name = f"turns {size} {theta} {wide} {packing is None}"
     if name not in rows.memo:
-        rows.memo[name] = angles(rows.positions_BT, size, theta, wide)
+        positions_BT = rows.positions_BT if packing is None else packing.pack(rows.positions_BT)
+        rows.memo[name] = angles(positions_BT, size, theta, wide)
     return rows.memo[name]
 
 

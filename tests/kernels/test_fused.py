@@ -4,12 +4,11 @@ On a CUDA device the kernels run there; elsewhere in Triton's interpreter, where
 """
 
 import os
-import subprocess
-import sys
 from typing import Any, cast
 
 import pytest
 import torch
+from refine_kernels.testing import assert_close, poisoned, run_interpreted
 
 pytest.importorskip("triton")
 
@@ -20,11 +19,7 @@ DEVICE = "cuda" if ON_GPU and not INTERPRETED else "cpu"
 if not (ON_GPU or INTERPRETED):
 
     def test_in_the_interpreter():
-        """The variable must be set before Triton is imported, so this file's tests run in a process of their own."""
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+        run_interpreted(__file__)
 
 else:
     from refine_kernels import (
@@ -49,7 +44,6 @@ else:
     from refine_kernels.lact.reference import map_chunk
     from refine_kernels.linear_head import fused as head
     from refine_kernels.rotary import turns
-    from refine_kernels.testing import assert_close, poisoned
 
     DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
     dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -375,6 +369,8 @@ else:
         "ragged": (14, (14, 6), 1, {}),
         "padding after all": (15, (10, 6), 1, {}),
         "ragged, bare": (9, (4, 1), 2, BARE),
+        "in any order": (14, (5, 14, 1, 13), 2, {}),
+        "none and several": (15, (3, 15, 15), 1, BARE),
         "muon": (11, (11,), 1, {"muon": True}),
         "muon, ragged": (8, (8, 1), 1, {"muon": True}),
         "muon, bare": (5, (5,), 1, {"muon": True, **BARE}),
@@ -425,6 +421,21 @@ else:
 
         compare(op, used, wider=THROUGH_MUON if options.get("muon") else 1.0)
 
+    def test_nothing_is_computed_for_padding(monkeypatch):
+        """Chunks are made full for the reading; no token after a row's last chunk is read, and none is learned from."""
+        from refine_kernels.lact import kernels
+
+        T, lengths, H, L = 23, (5, 23, 1, 20), 2, 4
+        ends, chunks = (1, 5, 0, 4), 2 + 6 + 1 + 5
+        learned, read = [], []
+        terms, inner = kernels.terms, kernels.inner
+        monkeypatch.setattr(kernels, "terms", lambda both, *rest: learned.append(both.shape[:2]) or terms(both, *rest))
+        monkeypatch.setattr(kernels, "inner", lambda both: read.append(both.shape[:-1].numel()) or inner(both))
+        with torch.no_grad():
+            reading([*text_for_lact(4, T, H, 3), *weights_of_lact(4, H, 3)], L, lengths, "fused")
+        assert sum(n * tokens for n, tokens in learned) == sum(ends) * H * L
+        assert sum(read) <= chunks * H * L
+
     GOING_ON = {
         # No chunk ends, one, several, the held one is full, rows of different length: tokens held, tokens, of each row.
         "none": (1, 3, (3, 3), {}),
@@ -435,6 +446,7 @@ else:
         "full, then one": (4, 2, (2, 2), BARE),
         "ragged": (2, 13, (13, 3), {}),
         "ragged, padding after all": (3, 13, (2, 9), {}),
+        "full, ragged": (4, 9, (2, 9), {}),
         # Newton-Schulz's errors grow with every update, in the plain form too.
         "muon": (3, 2, (2, 2), {"muon": True}),
         "muon, full": (4, 2, (2, 1), {"muon": True}),

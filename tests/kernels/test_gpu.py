@@ -117,3 +117,20 @@ def test_window_attention(T, S, past, window):
     wants = torch.autograd.grad((want * slope.double()).sum(), exact)
     for name, a, b in zip("qkv", grads, wants, strict=True):
         assert_close(a, b, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("window", (None, 16, 300))
+def test_window_attention_of_packed_texts(window):
+    lengths = (1000, 1, 64, 129)
+    M = sum(lengths)
+    args: list[Any] = [draw(1, M, heads, 64, seed=i).requires_grad_() for i, heads in enumerate((4, 2, 2))]
+    packing = Packing(lengths, torch.tensor(lengths, device="cuda"), max(lengths) + 3)
+    got = window_attention(args[0], args[1], args[2], window=window, packing=packing, impl="fused")
+    exact = [x.detach().double().requires_grad_() for x in args]
+    want = window_attention(exact[0], exact[1], exact[2], window=window, packing=packing, impl="reference")
+    assert_close(got, want)
+    slope = draw(*got.shape, seed=9)
+    grads = torch.autograd.grad((got * slope).sum(), args)
+    wants = torch.autograd.grad((want * slope.double()).sum(), exact)
+    for name, a, b in zip("qkv", grads, wants, strict=True):
+        assert_close(a, b, f"gradient of {name}")

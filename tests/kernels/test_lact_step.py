@@ -4,8 +4,6 @@ On a CUDA device the kernels run there; elsewhere in Triton's interpreter, where
 """
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 from refine_kernels import lact_step
 from refine_kernels.lact import Chunk, FastWeights, Place, lact, row_norms
 from refine_kernels.lact.reference import map_chunk
-from refine_kernels.testing import assert_close, poisoned
+from refine_kernels.testing import assert_close, poisoned, run_interpreted
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -106,12 +104,8 @@ def test_which_rows_end_a_chunk_is_known_on_the_host():
 if not (ON_GPU or INTERPRETED):
 
     def test_in_the_interpreter():
-        """The variable must be set before Triton is imported, so the rest runs in a process of its own."""
         pytest.importorskip("triton")
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+        run_interpreted(__file__)
 
 else:
     pytest.importorskip("triton")

@@ -4,15 +4,13 @@ On a CUDA device the kernel runs there; elsewhere in Triton's interpreter, where
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from refine_kernels import thin_linear, thin_linears, thin_swiglu
 from refine_kernels.choose import ImplementationError
-from refine_kernels.testing import assert_close, poisoned
+from refine_kernels.testing import assert_close, poisoned, run_interpreted
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,12 +38,8 @@ def test_a_thin_gated_map_multiplies_one_product_by_silu_of_the_other():
 if not (ON_GPU or INTERPRETED):
 
     def test_in_the_interpreter():
-        """The variable must be set before Triton is imported, so the rest runs in a process of its own."""
         pytest.importorskip("triton")
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+        run_interpreted(__file__)
 
 else:
     pytest.importorskip("triton")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from refine_kernels import window_attention
+from refine_kernels import Packing, window_attention
 from refine_kernels.testing import assert_close, poisoned
 from refine_kernels.window_attention import reference
 from torch.autograd import gradcheck
@@ -41,6 +41,21 @@ def test_each_query_sees_its_window(T, past, real, window, monkeypatch):
     real_B = None if real is None else torch.tensor(real)
     got = window_attention(q, k, v, real_B, window=window)
     want = one_by_one(q, k, v, real_B, window, 0.5)
+    assert_close(got, want)
+    slope = torch.randn_like(want)
+    got_grads = torch.autograd.grad((got * slope).sum(), args)
+    for name, a, b in zip("qkv", got_grads, torch.autograd.grad((want * slope).sum(), args), strict=True):
+        assert_close(a, b, name)
+
+
+@pytest.mark.parametrize("window", (None, 3))
+def test_packed_texts_are_each_text_alone(window):
+    lengths = (5, 1, 9)
+    args = inputs(sum(lengths), B=1)
+    packing = Packing(lengths, torch.tensor(lengths), max(lengths))
+    got = window_attention(*args, window=window, packing=packing)
+    texts = zip(*(x.split(lengths, 1) for x in args), strict=True)
+    want = torch.cat([one_by_one(q, k, v, None, window, 0.5) for q, k, v in texts], 1)
     assert_close(got, want)
     slope = torch.randn_like(want)
     got_grads = torch.autograd.grad((got * slope).sum(), args)

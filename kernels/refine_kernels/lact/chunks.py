@@ -163,12 +163,8 @@ def read(
         whole = map_chunk(lambda x, old: torch.cat((old[:, : held[0]].to(x.dtype), x), 1), tokens, unfinished)
     with torch.autocast(q_BTHK.device.type, enabled=False):
         if sweeps:
-            active_UB = None
-            if min(ends) < max(ends) and place.lengths_B is not None:
-                steps_U1 = torch.arange(max(ends), device=held_B.device)[:, None]
-                active_UB = steps_U1 < _updates(held_B + place.lengths_B, L)
             outputs_BTHV, after, between = ops.sweep(
-                q_BTHK, whole, fast, L=L, held=held[0], updates=max(ends), active_UB=active_UB, muon=muon
+                q_BTHK, whole, fast, L=L, held=held[0], ends=ends, lengths=place.lengths, muon=muon
             )
         else:
             each = fast.expanded() if isinstance(fast, Fresh) else fast

@@ -5,12 +5,16 @@ one chunk after another; `_Read` reads all queries with them at once. Both make 
 in the backward. `_Updates` keeps its inputs, the weights and momenta before each chunk, which forks need too, and what
 each of Newton-Schulz's steps starts from. The weights of all chunks are one tensor, a stack [B, H, N, 3, M, M] of packs
 (see `kernels`), and the gradients of readings and of forks meet there, each at its chunk.
+
+Rows may end different numbers of chunks. Rows that make an update make it together; one that makes none is not touched,
+and of its stack nothing after its last chunk is written or read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +52,9 @@ def update(fast: FastWeights, chunk: Chunk, *, muon: bool, joint: bool) -> FastW
     """See `refine_kernels.lact.reference.update`."""
     assert not joint
     start = _start_of(fast)
-    stacks = _updates(start, chunk, L=chunk.k_BLHK.shape[1], updates=1, active_UB=None, muon=muon)
-    return _fast_weights(stacks, start, -1)
+    B, L = chunk.k_BLHK.shape[:2]
+    stacks = _updates(start, chunk, L=L, ends=(1,) * B, muon=muon)
+    return _fast_weights(stacks, start, (1,) * B)
 
 
 def sweep(
@@ -59,22 +64,27 @@ def sweep(
     *,
     L: int,
     held: int,
-    updates: int,
-    active_UB: Tensor | None,
+    ends: Sequence[int],
+    lengths: Sequence[int],
     muon: bool,
 ) -> tuple[Tensor, FastWeights, Any]:
     """All chunks of a piece: outputs, the weights at the end, and those after any number of updates.
 
     tokens: from the start of the first chunk; the first `held` of them, at most L, were read before and have no query.
-    active_UB: which rows make each update; None for all. The last result is `chunks.Boundaries`.
+    ends: how many chunks end in each row, each with an update.
+    lengths: real queries of each row; outputs of the others are zeros where no chunk of the row has them.
+
+    The last result is `chunks.Boundaries`.
     """
     start = _start_of(fast)
-    stacks = _updates(start, tokens, L=L, updates=updates, active_UB=active_UB, muon=muon)
+    stacks = _updates(start, tokens, L=L, ends=ends, muon=muon)
     weights, narrow, _ = stacks
-    if held == L:  # no query is of the first chunk
+    first = int(held == L)  # then no query is of the first chunk
+    if first:
         weights, narrow, held = weights[:, :, 1:], narrow[:, :, 1:].contiguous(), 0
-    outputs_BTHV: Any = _Read.apply(q_BTHK, weights, narrow, L, held)
-    return outputs_BTHV, _fast_weights(stacks, start, -1), _Boundaries(stacks, start)
+    runs = _runs([n + 1 - first for n in ends], lengths)
+    outputs_BTHV: Any = _Read.apply(q_BTHK, weights, narrow, L, held, runs)
+    return outputs_BTHV, _fast_weights(stacks, start, ends), _Boundaries(stacks, start)
 
 
 Stacks = tuple[Tensor, Tensor, Tensor | None]
@@ -113,25 +123,65 @@ def _unpacked(pack_BH3MM: Tensor) -> Weights:
     return w0, w1, w2
 
 
-def _updates(start: _Start, tokens: Chunk, *, L: int, updates: int, active_UB: Tensor | None, muon: bool) -> Stacks:
+def _updates(start: _Start, tokens: Chunk, *, L: int, ends: Sequence[int], muon: bool) -> Stacks:
     k_BTHK, v_BTHV, rates_BTH3, momentum_BTH = tokens
-    H, momentum, keep_UN = start.pack.shape[1], None, None
+    updates, momentum, keep_UN = max(ends), None, None
     if start.momentum is not None and momentum_BTH is not None:
         momentum = start.momentum
         used_BULH = momentum_BTH[:, : updates * L].float().unflatten(1, (updates, L))
         keep_UN = used_BULH.mean(2).transpose(0, 1).flatten(1).contiguous()
-    active_UN = None if active_UB is None else active_UB.to(torch.int32).repeat_interleave(H, 1)
-    inputs = start.pack, momentum, start.norms_BH3M, k_BTHK, v_BTHV, rates_BTH3, keep_UN, active_UN
-    made: Any = _Updates.apply(*inputs, L, updates, muon, torch.is_grad_enabled())
+    inputs = start.pack, momentum, start.norms_BH3M, k_BTHK, v_BTHV, rates_BTH3, keep_UN
+    made: Any = _Updates.apply(*inputs, L, tuple(ends), muon, torch.is_grad_enabled())
     weights, narrow, momenta = made
     return weights, weights if narrow is None else narrow, momenta
 
 
-def _fast_weights(stacks: Stacks, start: _Start, n: int) -> FastWeights:
+def _fast_weights(stacks: Stacks, start: _Start, ends: Sequence[int]) -> FastWeights:
     weights, _, momenta = stacks
-    momentum = start.momentum if momenta is None else momenta[:, :, n]
+    momentum = start.momentum if momenta is None else _last(momenta, ends)
     norms = _unpacked(start.norms_BH3M[..., None])
-    return FastWeights(_unpacked(weights[:, :, n]), None, None if momentum is None else _unpacked(momentum), norms)
+    return FastWeights(_unpacked(_last(weights, ends)), None, None if momentum is None else _unpacked(momentum), norms)
+
+
+def _last(stack: Tensor, ends: Sequence[int]) -> Tensor:
+    """Of each row the pack after all its updates, [B, H, 3, M, M]."""
+    if min(ends) == max(ends):
+        return stack[:, :, ends[0]]
+    return torch.stack([row[:, n] for row, n in zip(stack.unbind(), ends, strict=True)])
+
+
+class _Run(NamedTuple):
+    """Neighbouring rows that have as many chunks."""
+
+    rows: slice
+    chunks: int
+    tokens: int
+    """Queries of the longest of them."""
+
+
+def _runs(chunks: Sequence[int], lengths: Sequence[int]) -> tuple[_Run, ...]:
+    runs, row = [], 0
+    for count, group in groupby(chunks):
+        after = row + len(list(group))
+        runs.append(_Run(slice(row, after), count, max(lengths[row:after])))
+        row = after
+    return tuple(runs)
+
+
+def _together(ends: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Rows and the updates that they make together, in order.
+
+    Rows that all make as many make them as one piece of work. Else each update is one, so that a recording of it serves
+    texts of any length.
+    """
+    if min(ends) == max(ends):
+        return [(slice(0, len(ends)), slice(0, ends[0]))] if ends[0] else []
+    made = []
+    for g in range(max(ends)):
+        for run in _runs([int(n > g) for n in ends], ends):
+            if run.chunks:
+                made.append((run.rows, slice(g, g + 1)))
+    return made
 
 
 @dataclass(frozen=True)
@@ -172,9 +222,9 @@ class _Updates(torch.autograd.Function):
     """The weights and momenta before each chunk and after the last: stacks, the initial ones first."""
 
     @staticmethod
-    def forward(ctx, pack, momentum, norms, k, v, rates, keep, active, L, updates, muon, learn):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, pack, momentum, norms, k, v, rates, keep, L, ends, muon, learn):  # pyright: ignore[reportIncompatibleMethodOverride]
         B, H, _, M, _ = pack.shape
-        N, S, dtype, device = B * H, updates * L, k.dtype, k.device
+        N, updates, dtype, device = B * H, max(ends), k.dtype, k.device
         weights = pack.new_empty(B, H, updates + 1, 3, M, M)
         weights[:, :, 0] = pack
         narrow = None if pack.dtype == dtype else torch.empty_like(weights, dtype=dtype)
@@ -190,12 +240,14 @@ class _Updates(torch.autograd.Function):
             found = torch.empty(updates, N, 3, M, dtype=torch.float32, device=device)
             squares = found.new_empty(updates, N, 3, shares) if muon or momentum is not None else None
             starts = k.new_empty(updates, STEPS, 3 * N, M, M) if muon else None
-        if updates:
-            given = pack, momentum, norms, _by_head(k, S), _by_head(v, S), rates[:, :S], keep, active
-            made = tuple(x if x is None else x[:, :, 1:] for x in (weights, narrow, momenta))
-            replayed(_all_updates, given, (*made, found, squares, starts), muon=muon, learn=learn, L=L)
-        ctx.save_for_backward(norms, k, v, rates, keep, active, weights, narrow, momenta, found, squares, starts)
-        ctx.sizes = L, updates, muon
+        for rows, at in _together(ends):
+            given = weights[rows, :, at.start], None if momenta is None else momenta[rows, :, at.start], norms[rows]
+            used = _used(k, v, rates, keep, rows, at, L)
+            made = tuple(x if x is None else x[rows, :, at.start + 1 : at.stop + 1] for x in (weights, narrow, momenta))
+            kept = _kept(found, squares, starts, rows, at, H)
+            replayed(_all_updates, (*given, *used), (*made, *kept), muon=muon, learn=learn, L=L)
+        ctx.save_for_backward(norms, k, v, rates, keep, weights, narrow, momenta, found, squares, starts)
+        ctx.sizes = L, ends, muon
         ctx.set_materialize_grads(False)
         if narrow is not None:
             ctx.mark_non_differentiable(narrow)
@@ -203,32 +255,57 @@ class _Updates(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dweights, _, dmomenta):  # pyright: ignore[reportIncompatibleMethodOverride]
-        norms, k, v, rates, keep, active, weights, narrow, momenta, found, squares, starts = ctx.saved_tensors
-        L, updates, muon = ctx.sizes
-        S = updates * L
+        norms, k, v, rates, keep, weights, narrow, momenta, found, squares, starts = ctx.saved_tensors
+        L, ends, muon = ctx.sizes
+        H = weights.shape[1]
         dk, dv, drates = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v, rates))
         for dx in (dk, dv, drates):
-            dx[:, S:] = 0
-        dpack = torch.zeros_like(weights[:, :, 0])
-        dmomentum = None if momenta is None else torch.zeros_like(momenta[:, :, 0])
+            dx[:, min(ends) * L :] = 0
+        dkeep = None if keep is None else torch.zeros_like(keep)
         dnorms = torch.zeros_like(norms, dtype=torch.float32)
-        dkeep = None if keep is None else torch.empty_like(keep)
-        if updates:
-            used = _by_head(k, S), _by_head(v, S), rates[:, :S]
-            made = weights, narrow, momenta, found, squares, starts
-            given = norms, *used, keep, active, *made, dweights, dmomenta
-            into = _by_head(dk, S), _by_head(dv, S), drates[:, :S], dpack, dmomentum, dnorms, dkeep
+        dpack = _last_gradient(dweights, weights, ends)
+        dmomentum = None if momenta is None else _last_gradient(dmomenta, momenta, ends)
+        for rows, at in reversed(_together(ends)):
+            stacks = (x if x is None else x[rows, :, at.start : at.stop + 1] for x in (weights, narrow, momenta))
+            incoming = (x if x is None else x[rows, :, at] for x in (dweights, dmomenta))
+            after = dpack[rows], None if dmomentum is None else dmomentum[rows]
+            used = _used(k, v, rates, keep, rows, at, L)
+            given = norms[rows], *used, *stacks, *_kept(found, squares, starts, rows, at, H), *after, *incoming
+            share = torch.empty_like(dnorms[rows])
+            into = *_used(dk, dv, drates, dkeep, rows, at, L), *after, share
             replayed(_all_updates_back, given, into, muon=muon, L=L)
-        else:
-            dpack += 0 if dweights is None else dweights[:, :, 0]
-            if dmomentum is not None and dmomenta is not None:
-                dmomentum += dmomenta[:, :, 0]
-        return dpack, dmomentum, dnorms, dk, dv, drates, dkeep, None, None, None, None, None
+            dnorms[rows] += share
+        dpack = dpack.to(weights.dtype)
+        if momenta is not None and dmomentum is not None:
+            dmomentum = dmomentum.to(momenta.dtype)
+        return dpack, dmomentum, dnorms, dk, dv, drates, dkeep, None, None, None, None
 
 
-def _by_head(x_BTHM: Tensor, S: int) -> Tensor:
-    """The first S tokens, [B, H, S, M]: a view."""
-    return x_BTHM[:, :S].transpose(1, 2)
+def _used(
+    k: Tensor, v: Tensor, rates: Tensor, keep_UN: Tensor | None, rows: slice, at: slice, L: int
+) -> tuple[Tensor | None, ...]:
+    """Views of what some rows' updates use: keys and values [B, H, S, M], rates [B, S, H, 3], and how much to keep."""
+    tokens, heads = slice(at.start * L, at.stop * L), k.shape[2]
+    of_rows = slice(rows.start * heads, rows.stop * heads)
+    by_head = (x[rows, tokens].transpose(1, 2) for x in (k, v))
+    return *by_head, rates[rows, tokens], None if keep_UN is None else keep_UN[at, of_rows]
+
+
+def _kept(
+    found: Tensor | None, squares: Tensor | None, starts: Tensor | None, rows: slice, at: slice, H: int
+) -> tuple[Tensor | None, ...]:
+    """Views of what some rows' updates keep for the backward."""
+    of_rows = slice(rows.start * H, rows.stop * H)
+    of_packs = slice(3 * of_rows.start, 3 * of_rows.stop)
+    in_rows = (x if x is None else x[at, of_rows] for x in (found, squares))
+    return *in_rows, None if starts is None else starts[at, :, of_packs]
+
+
+def _last_gradient(dstack: Tensor | None, stack: Tensor, ends: Sequence[int]) -> Tensor:
+    """`_last` of a stack's gradient, in float32 and memory of its own."""
+    if dstack is None:
+        return stack.new_zeros(stack[:, :, 0].shape, dtype=torch.float32)
+    return stack.new_empty(stack[:, :, 0].shape, dtype=torch.float32).copy_(_last(dstack, ends))
 
 
 def _all_updates(
@@ -239,7 +316,6 @@ def _all_updates(
     v_BHSM: Tensor,
     rates_BSH3: Tensor,
     keep_UN: Tensor | None,
-    active_UN: Tensor | None,
     *,
     L: int,
     muon: bool,
@@ -262,12 +338,12 @@ def _all_updates(
     before_narrow = before.to(dtype)
     last = None if momentum is None else momentum.flatten(0, 1).contiguous()
     for g in range(updates):
-        at, on = slice(g * L, (g + 1) * L), None if active_UN is None else active_UN[g]
+        at = slice(g * L, (g + 1) * L)
         step = _step(before_narrow, k[:, at], v[:, at], rates, g * L)
         squares = None
         if muon or last is not None:
             into = None if momenta is None else momenta[:, g]
-            squares = kernels.momentum(step, last, None if keep_UN is None else keep_UN[g], on, into)
+            squares = kernels.momentum(step, last, None if keep_UN is None else keep_UN[g], into)
             last = into
         if last is not None:
             step = last
@@ -275,7 +351,7 @@ def _all_updates(
             from_here = starts[g if learn else 0]
             kernels.scaled_to_one(step, squares, from_here[0])
             step = orthogonal(from_here.unbind()).view(N, 3, M, M)
-        all_found.append(kernels.restored(before, step, norms, on, weights[:, g], narrow[:, g]))
+        all_found.append(kernels.restored(before, step, norms, weights[:, g], narrow[:, g]))
         all_squares.append(squares)
         before, before_narrow = weights[:, g], narrow[:, g]
 
@@ -294,20 +370,24 @@ def _all_updates_back(
     v_BHSM: Tensor,
     rates_BSH3: Tensor,
     keep_UN: Tensor | None,
-    active_UN: Tensor | None,
     weights: Tensor,
     narrow: Tensor | None,
     momenta: Tensor | None,
     found: Tensor,
     all_squares: Tensor | None,
     starts: Tensor | None,
+    dlast: Tensor,
+    dlast_momentum: Tensor | None,
     dweights: Tensor | None,
     dmomenta: Tensor | None,
     *,
     L: int,
     muon: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of k, v, rates, the initial weights and momenta, norms and keep, from those of the stacks."""
+    """Gradients of k, v, rates, keep, the initial weights and momenta, and norms.
+
+    From those of the last weights and momenta, in float32, and those of the stacks' others, each in its place.
+    """
     B, H, S, M = k_BHSM.shape
     N, updates, dtype = B * H, S // L, k_BHSM.dtype
     k, v, rates, norms = k_BHSM.flatten(0, 1), v_BHSM.flatten(0, 1), rates_BSH3.contiguous(), norms_BH3M.flatten(0, 1)
@@ -321,16 +401,14 @@ def _all_updates_back(
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     drates = torch.empty_like(rates, dtype=torch.float32)
     dnorms = torch.zeros(N, 3, M, dtype=torch.float32, device=k.device)
-    carried = torch.zeros(N, 3, M, M, dtype=torch.float32, device=k.device)
-    carried_momentum = None if momenta is None else torch.zeros_like(carried)
+    carried = dlast.flatten(0, 1).clone()
+    carried_momentum = None if dlast_momentum is None else dlast_momentum.flatten(0, 1).clone()
     direct, dkeep = None, []
     for g in reversed(range(updates)):
-        at, on = slice(g * L, (g + 1) * L), None if active_UN is None else active_UN[g]
+        at = slice(g * L, (g + 1) * L)
+        of_weights, of_momentum = (None if x is None or g + 1 == updates else x[:, g + 1] for x in (dweights, dmomenta))
         dstep = narrow.new_empty(N, 3, M, M)
-        kernels.restored_back(
-            carried, direct, None if dweights is None else dweights[:, g + 1], weights[:, g + 1], norms, found[g], on,
-            dnorms, dstep,
-        )  # fmt: skip
+        kernels.restored_back(carried, direct, of_weights, weights[:, g + 1], norms, found[g], dnorms, dstep)
         unit = along = None
         if starts is not None:
             dstep = orthogonal_back(starts[g].unbind(), dstep.view(3 * N, M, M)).view(N, 3, M, M)
@@ -339,8 +417,8 @@ def _all_updates_back(
         if muon or momenta is not None:
             dstep, share = kernels.momentum_back(
                 dstep, unit, None if all_squares is None else all_squares[g], along,
-                None if momenta is None else momenta[:, g], None if keep_UN is None else keep_UN[g], on,
-                None if dmomenta is None else dmomenta[:, g + 1], carried_momentum, dtype,
+                None if momenta is None else momenta[:, g], None if keep_UN is None else keep_UN[g],
+                of_momentum, carried_momentum, dtype,
             )  # fmt: skip
             dkeep.insert(0, share)
         direct = _step_back(narrow[:, g], k[:, at], v[:, at], rates, g * L, dstep, dk[:, at], dv[:, at], drates)
@@ -354,10 +432,10 @@ def _all_updates_back(
         dk.unflatten(0, (B, H)),
         dv.unflatten(0, (B, H)),
         drates,
+        None if keep_UN is None else torch.stack(dkeep).sum((2, 3)),
         dpack.unflatten(0, (B, H)),
         None if dmomentum is None else dmomentum.unflatten(0, (B, H)),
         dnorms.unflatten(0, (B, H)),
-        None if keep_UN is None else torch.stack(dkeep).sum((2, 3)),
     )
 
 
@@ -402,32 +480,55 @@ class _Read(torch.autograd.Function):
     """Every token's query read with its chunk's weights; the first chunk has `held` tokens before the first query."""
 
     @staticmethod
-    def forward(ctx, q, weights, narrow, L, held=0):  # pyright: ignore[reportIncompatibleMethodOverride]
-        B, T, H, M = q.shape
+    def forward(ctx, q, weights, narrow, L, held=0, runs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (B, T, H, M), chunks = q.shape, narrow.shape[2]
         ctx.save_for_backward(q, narrow)
-        ctx.sizes, ctx.dtype = (L, held, narrow.shape[2]), weights.dtype
-        q = _filled(_by_head(q, T).flatten(0, 1), *ctx.sizes)
-        out = torch.empty_like(q)
-        for q_g, pack, out_g in _in_chunks(narrow, L, held, q, out):
-            torch.bmm(kernels.inner(torch.bmm(q_g, pack[:, : 2 * M].mT)), pack[:, 2 * M :].mT, out=out_g)
-        return _unfilled(out, T, *ctx.sizes).unflatten(0, (B, H)).transpose(1, 2)
+        ctx.sizes, ctx.dtype = (L, held, runs or (_Run(slice(0, B), chunks, T),)), weights.dtype
+        outputs = []
+        for run in ctx.sizes[-1]:
+            q_run = _filled(_of_run(q, run), L, held, run.chunks)
+            out = torch.empty_like(q_run)
+            for q_g, pack, out_g in _in_chunks(narrow[run.rows, :, : run.chunks], L, held, q_run, out):
+                torch.bmm(kernels.inner(torch.bmm(q_g, pack[:, : 2 * M].mT)), pack[:, 2 * M :].mT, out=out_g)
+            outputs.append(_unfilled(out, run.tokens, L, held, run.chunks))
+        return _as_rows(outputs, T, H)
 
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, narrow = ctx.saved_tensors
-        (B, T, H, M), (L, held, _) = q.shape, ctx.sizes
-        q, dout = (_filled(_by_head(x, T).flatten(0, 1), *ctx.sizes) for x in (q, dout))
-        dq, dweights = torch.empty_like(q), torch.empty_like(narrow)
-        pieces = zip(_in_chunks(narrow, L, held, q, dout), _in_chunks(dweights, L, held, dq, dq), strict=True)
-        for (q_g, pack, dout_g), (dq_g, dpack, _) in pieces:
-            w02, w1 = pack[:, : 2 * M], pack[:, 2 * M :]
-            inner = torch.bmm(dout_g, w1)
-            dboth = kernels.inner_slopes(torch.bmm(q_g, w02.mT), inner)  # the product itself is now in `inner`
-            torch.bmm(dboth, w02, out=dq_g)
-            torch.bmm(dboth.mT, q_g, out=dpack[:, : 2 * M])
-            torch.bmm(dout_g.mT, inner, out=dpack[:, 2 * M :])
-        dq = _unfilled(dq, T, *ctx.sizes).unflatten(0, (B, H)).transpose(1, 2)
-        return dq, dweights.to(ctx.dtype), None, None, None
+        (_, T, H, M), (L, held, runs) = q.shape, ctx.sizes
+        dqs, dweights = [], None if len(runs) == 1 else torch.zeros_like(narrow)
+        for run in runs:
+            packs = narrow[run.rows, :, : run.chunks]
+            q_run, dout_run = (_filled(_of_run(x, run), L, held, run.chunks) for x in (q, dout))
+            dq, dpacks = torch.empty_like(q_run), torch.empty_like(packs, memory_format=torch.contiguous_format)
+            pieces = zip(_in_chunks(packs, L, held, q_run, dout_run), _in_chunks(dpacks, L, held, dq, dq), strict=True)
+            for (q_g, pack, dout_g), (dq_g, dpack, _) in pieces:
+                w02, w1 = pack[:, : 2 * M], pack[:, 2 * M :]
+                inner = torch.bmm(dout_g, w1)
+                dboth = kernels.inner_slopes(torch.bmm(q_g, w02.mT), inner)  # the product itself is now in `inner`
+                torch.bmm(dboth, w02, out=dq_g)
+                torch.bmm(dboth.mT, q_g, out=dpack[:, : 2 * M])
+                torch.bmm(dout_g.mT, inner, out=dpack[:, 2 * M :])
+            dqs.append(_unfilled(dq, run.tokens, L, held, run.chunks))
+            if dweights is None:
+                dweights = dpacks
+            else:
+                dweights[run.rows, :, : run.chunks] = dpacks
+        assert dweights is not None
+        return _as_rows(dqs, T, H), dweights.to(ctx.dtype), None, None, None, None
+
+
+def _of_run(x_BTHM: Tensor, run: _Run) -> Tensor:
+    """The run's tokens by row and head, [N, T, M]."""
+    return x_BTHM[run.rows, : run.tokens].transpose(1, 2).flatten(0, 1)
+
+
+def _as_rows(of_runs: Sequence[Tensor], T: int, H: int) -> Tensor:
+    """The inverse of `_of_run` for all runs: [B, T, H, M], zeros after the tokens of each."""
+    ended = [F.pad(x, (0, 0, 0, T - x.shape[1])) if x.shape[1] < T else x for x in of_runs]
+    whole = ended[0] if len(ended) == 1 else torch.cat(ended)
+    return whole.unflatten(0, (-1, H)).transpose(1, 2)
 
 
 class _Chosen(torch.autograd.Function):
@@ -474,9 +575,9 @@ def _in_chunks(stack: Tensor, L: int, held: int, x: Tensor, y: Tensor) -> Iterat
     """Tokens [n, L, M] of x, their weights [n, 3 M, M], the same tokens of y: all chunks at once if all are full."""
     (N, T, M), chunks = x.shape, stack.shape[2]
     if chunks > FEW or (not held and chunks * L == T):
-        yield x.view(-1, L, M), stack.view(-1, 3 * M, M), y.view(-1, L, M)
+        yield x.view(-1, L, M), stack.reshape(-1, 3 * M, M), y.view(-1, L, M)
         return
-    packs = stack.view(N, chunks, 3 * M, M)
+    packs = stack.reshape(N, chunks, 3 * M, M)
     for g in range(chunks):
         at = slice(max(g * L - held, 0), (g + 1) * L - held if g + 1 < chunks else T)
         yield x[:, at], packs[:, g], y[:, at]

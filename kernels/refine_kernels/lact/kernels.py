@@ -252,10 +252,8 @@ def shares(M: int) -> int:
     return ceiling(M, _rows(M)["BR"])
 
 
-def momentum(
-    step: Tensor, last: Tensor | None, keep_N: Tensor | None, active_N: Tensor | None, after: Tensor | None
-) -> Tensor:
-    """step + keep · last, into `after` (the last where a row is not active); and shares of its squared norm.
+def momentum(step: Tensor, last: Tensor | None, keep_N: Tensor | None, after: Tensor | None) -> Tensor:
+    """step + keep · last, into `after`; and shares of its squared norm.
 
     Without `last`, only the squares of `step`. Returns [N, 3, P].
     """
@@ -265,9 +263,9 @@ def momentum(
     squares = torch.empty(N, 3, P, dtype=torch.float32, device=step.device)
     with torch.cuda.device_of(step):
         _momentum_kernel[(P, 3, N)](
-            step, last, keep_N, active_N, after, squares,
+            step, last, keep_N, after, squares,
             0 if last is None else last.stride(0), 0 if after is None else after.stride(0),
-            **size, LAST=last is not None, ACTIVE=active_N is not None,
+            **size, LAST=last is not None,
         )  # fmt: skip
     return squares
 
@@ -283,29 +281,27 @@ def scaled_to_one(step: Tensor, squares: Tensor, out: Tensor) -> None:
         )  # fmt: skip
 
 
-def restored(
-    before: Tensor, step: Tensor, norms_N3M: Tensor, active_N: Tensor | None, after: Tensor, narrow: Tensor
-) -> Tensor:
+def restored(before: Tensor, step: Tensor, norms_N3M: Tensor, after: Tensor, narrow: Tensor) -> Tensor:
     """before + step with each row's norm made what it was, into the packs `after` and `narrow` (which may be one).
 
-    Returns the norms before that, [N, 3, M]. A row that is not active keeps its weights.
+    Returns the norms before that, [N, 3, M].
     """
     N, M = before.shape[0], before.shape[-1]
     size = _rows(M)
     found = torch.empty(N, 3, M, dtype=torch.float32, device=before.device)
     with torch.cuda.device_of(before):
         _restore_kernel[(ceiling(M, size["BR"]), 3, N)](
-            before, step, norms_N3M, active_N, after, narrow, found,
+            before, step, norms_N3M, after, narrow, found,
             before.stride(0), step.stride(0), after.stride(0), narrow.stride(0),
-            **size, EPS=NORM_EPS, ACTIVE=active_N is not None, NARROW=narrow is not after,
+            **size, EPS=NORM_EPS, NARROW=narrow is not after,
         )  # fmt: skip
     return found
 
 
 @triton.jit
 def _momentum_kernel(
-    step, last, keep, active, after, squares, LAST_N, AFTER_N,
-    M: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, LAST: tl.constexpr, ACTIVE: tl.constexpr,
+    step, last, keep, after, squares, LAST_N, AFTER_N,
+    M: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     n, which = tl.program_id(2).to(tl.int64), tl.program_id(1)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -316,11 +312,7 @@ def _momentum_kernel(
     if LAST:
         b_last = tl.load(last + n * LAST_N + at, mask=inside, other=0).to(tl.float32)
         b_step = (b_step + tl.load(keep + n) * b_last).to(after.dtype.element_ty).to(tl.float32)
-        b_new = b_step
-        if ACTIVE:
-            b_new = tl.where(tl.load(active + n) != 0, b_step, b_last)
-        tl.store(after + n * AFTER_N + at, b_new.to(after.dtype.element_ty), mask=inside)
-        b_step = b_new
+        tl.store(after + n * AFTER_N + at, b_step.to(after.dtype.element_ty), mask=inside)
     share = (n * 3 + which) * tl.num_programs(0) + tl.program_id(0)
     tl.store(squares + share, tl.sum(tl.sum(b_step * b_step, 1), 0))
 
@@ -343,9 +335,8 @@ def _scale_kernel(
 
 @triton.jit
 def _restore_kernel(
-    before, step, norms, active, after, narrow, found, BEFORE_N, STEP_N, AFTER_N, NARROW_N,
-    M: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr, ACTIVE: tl.constexpr,
-    NARROW: tl.constexpr,
+    before, step, norms, after, narrow, found, BEFORE_N, STEP_N, AFTER_N, NARROW_N,
+    M: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     n, which = tl.program_id(2).to(tl.int64), tl.program_id(1)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -359,8 +350,6 @@ def _restore_kernel(
     tl.store(found + at_row, b_found, mask=rows < M)
     b_norm = tl.load(norms + at_row, mask=rows < M, other=0).to(tl.float32)
     b_after = b_moved * (b_norm / (b_found + EPS))[:, None]
-    if ACTIVE:
-        b_after = tl.where(tl.load(active + n) != 0, b_after, b_before)
     tl.store(after + n * AFTER_N + at, b_after.to(after.dtype.element_ty), mask=inside)
     if NARROW:
         tl.store(narrow + n * NARROW_N + at, b_after.to(narrow.dtype.element_ty), mask=inside)
@@ -373,7 +362,6 @@ def restored_back(
     after: Tensor,
     norms_N3M: Tensor,
     found_N3M: Tensor,
-    active_N: Tensor | None,
     dnorms_N3M: Tensor,
     dstep: Tensor,
 ) -> None:
@@ -384,10 +372,9 @@ def restored_back(
     size = _rows(M)
     with torch.cuda.device_of(carried):
         _restore_back_kernel[(ceiling(M, size["BR"]), 3, N)](
-            carried, direct, incoming, after, norms_N3M, found_N3M, active_N, dnorms_N3M, dstep,
+            carried, direct, incoming, after, norms_N3M, found_N3M, dnorms_N3M, dstep,
             0 if incoming is None else incoming.stride(0), after.stride(0),
             **size, EPS=NORM_EPS, DIRECT=direct is not None, INCOMING=incoming is not None,
-            ACTIVE=active_N is not None,
         )  # fmt: skip
 
 
@@ -409,7 +396,6 @@ def momentum_back(
     along: Tensor | None,
     last: Tensor | None,
     keep_N: Tensor | None,
-    active_N: Tensor | None,
     incoming: Tensor | None,
     carried: Tensor | None,
     dtype: torch.dtype,
@@ -426,19 +412,19 @@ def momentum_back(
     dkeep = None if last is None else torch.empty(N, 3, P, dtype=torch.float32, device=dunit.device)
     with torch.cuda.device_of(dunit):
         _momentum_back_kernel[(P, 3, N)](
-            dunit, unit, squares, along, last, keep_N, active_N, incoming, carried, dstep, dkeep,
+            dunit, unit, squares, along, last, keep_N, incoming, carried, dstep, dkeep,
             0 if last is None else last.stride(0), 0 if incoming is None else incoming.stride(0),
             P=P, BP=_power(P), **size, EPS=ORTHOGONAL_EPS, UNIT=unit is not None,
-            LAST=last is not None, INCOMING=incoming is not None, ACTIVE=active_N is not None,
+            LAST=last is not None, INCOMING=incoming is not None,
         )  # fmt: skip
     return dstep, dkeep
 
 
 @triton.jit
 def _restore_back_kernel(
-    carried, direct, incoming, after, norms, found, active, dnorms, dstep, INCOMING_N, AFTER_N,
+    carried, direct, incoming, after, norms, found, dnorms, dstep, INCOMING_N, AFTER_N,
     M: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr, DIRECT: tl.constexpr,
-    INCOMING: tl.constexpr, ACTIVE: tl.constexpr,
+    INCOMING: tl.constexpr,
 ):  # fmt: skip
     n, which = tl.program_id(2).to(tl.int64), tl.program_id(1)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -460,16 +446,10 @@ def _restore_back_kernel(
     b_along = tl.sum(b_d * b_unit, 1)
     b_rest = b_along * tl.where(b_found > 0, (b_found + EPS) / tl.where(b_found > 0, b_found, 1), 0)
     b_moved = (b_d - b_unit * b_rest[:, None]) * (b_norm / (b_found + EPS))[:, None]
-    b_dstep = b_moved
-    if ACTIVE:
-        on = tl.load(active + n) != 0
-        b_moved = tl.where(on, b_moved, b_d)
-        b_dstep = tl.where(on, b_dstep, 0)
-        b_along = tl.where(on, b_along, 0)
     b_dnorm = tl.load(dnorms + at_row, mask=kept, other=0) + b_along
     tl.store(dnorms + at_row, b_dnorm, mask=kept)
     tl.store(carried + own, b_moved, mask=inside)
-    tl.store(dstep + own, b_dstep.to(dstep.dtype.element_ty), mask=inside)
+    tl.store(dstep + own, b_moved.to(dstep.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -486,9 +466,9 @@ def _inner_products_kernel(a, b, out, M: tl.constexpr, BR: tl.constexpr, BM: tl.
 
 @triton.jit
 def _momentum_back_kernel(
-    dunit, unit, squares, along, last, keep, active, incoming, carried, dstep, dkeep, LAST_N, INCOMING_N,
+    dunit, unit, squares, along, last, keep, incoming, carried, dstep, dkeep, LAST_N, INCOMING_N,
     P: tl.constexpr, BP: tl.constexpr, M: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, EPS: tl.constexpr,
-    UNIT: tl.constexpr, LAST: tl.constexpr, INCOMING: tl.constexpr, ACTIVE: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr, INCOMING: tl.constexpr,
 ):  # fmt: skip
     n, which = tl.program_id(2).to(tl.int64), tl.program_id(1)
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -504,9 +484,6 @@ def _momentum_back_kernel(
         b_along = tl.sum(tl.load(along + at_share, mask=shares < P, other=0), 0)
         b_along = tl.where(norm > 0, b_along * (norm + EPS) / tl.where(norm > 0, norm, 1), 0)
         b_d = (b_d - tl.load(unit + own, mask=inside, other=0).to(tl.float32) * b_along) / (norm + EPS)
-    if ACTIVE:
-        on = tl.load(active + n) != 0
-        b_d = tl.where(on, b_d, 0)
     if LAST:
         b_all = tl.load(carried + own, mask=inside, other=0)
         if INCOMING:
@@ -516,10 +493,6 @@ def _momentum_back_kernel(
         b_back = b_d * b_keep
         b_last = tl.load(last + n * LAST_N + at, mask=inside, other=0).to(tl.float32)
         b_dkeep = tl.sum(tl.sum(b_d * b_last, 1), 0)
-        if ACTIVE:
-            b_back = tl.where(on, b_back, b_all)
-            b_dkeep = tl.where(on, b_dkeep, 0)
-            b_d = tl.where(on, b_d, 0)
         tl.store(carried + own, b_back, mask=inside)
         tl.store(dkeep + (n * 3 + which) * tl.num_programs(0) + tl.program_id(0), b_dkeep)
     tl.store(dstep + own, b_d.to(dstep.dtype.element_ty), mask=inside)

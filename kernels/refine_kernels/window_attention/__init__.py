@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from refine_kernels.choose import Impl, choose
+from refine_kernels.packing import Packing
 
 __all__ = ["window_attention"]
 
@@ -17,6 +18,7 @@ def window_attention(
     *,
     window: int | None,
     scale: float | None = None,
+    packing: Packing | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """softmax(scale · q k^T) v over the keys that each query may see; [B, T, H, D] in the dtype of v.
@@ -29,7 +31,9 @@ def window_attention(
             be finite. None: all of them.
         window: how many keys a query sees at most, its own included; None for all up to its own.
         scale: of the scores; None for D**-0.5.
+        packing: where several texts, without history, lie one after another in one row (B = 1, S = T = M); a query sees
+            nothing of other texts. None for a text in each row.
         impl: see `refine_kernels.choose`.
     """
     ops = choose(__name__, impl, q_BTHD)
-    return ops.window_attention(q_BTHD, k_BSGD, v_BSGD, past_B, window=window, scale=scale)
+    return ops.window_attention(q_BTHD, k_BSGD, v_BSGD, past_B, window=window, scale=scale, packing=packing)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refine_kernels.packing import Packing
 from refine_kernels.window_attention import reference
 
 FEW = 64
@@ -36,15 +37,20 @@ def window_attention(
     *,
     window: int | None,
     scale: float | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """See `refine_kernels.window_attention.window_attention`."""
     T, S = q_BTHD.shape[1], k_BSGD.shape[1]
     if past_B is None:
-        left = -1 if window is None else window - 1
-        return torch.ops.aten._flash_attention_forward(
-            q_BTHD, k_BSGD, v_BSGD, None, None, T, S, 0.0, True, False,
+        left, starts, longest = -1 if window is None else window - 1, None, (T, S)
+        if packing is not None:
+            starts, longest = packing.starts.to(torch.int32), (max(packing.lengths),) * 2
+            q_BTHD, k_BSGD, v_BSGD = q_BTHD[0], k_BSGD[0], v_BSGD[0]
+        out = torch.ops.aten._flash_attention_forward(
+            q_BTHD, k_BSGD, v_BSGD, starts, starts, *longest, 0.0, True, False,
             scale=scale, window_size_left=left, window_size_right=0,
         )[0]  # fmt: skip
+        return out if packing is None else out[None]
     if T > FEW:
         return reference.window_attention(q_BTHD, k_BSGD, v_BSGD, past_B, window=window, scale=scale)
     # Query t is key S - T + t; of the keys, those before S - T - past are not real.

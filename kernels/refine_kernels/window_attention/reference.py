@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from refine_kernels.packing import Packing
+
 BLOCK = 256
 """Queries whose scores are stored together."""
 
@@ -18,8 +20,12 @@ def window_attention(
     *,
     window: int | None,
     scale: float | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
     """See `refine_kernels.window_attention.window_attention`."""
+    if packing is not None:
+        texts = zip(*(x.split(packing.lengths, 1) for x in (q_BTHD, k_BSGD, v_BSGD)), strict=True)
+        return torch.cat([window_attention(*text, window=window, scale=scale) for text in texts], 1)
     B, T, H, D = q_BTHD.shape
     S, G = k_BSGD.shape[1:3]
     q_BTGND = q_BTHD.view(B, T, G, H // G, D) * (D**-0.5 if scale is None else scale)
