@@ -259,7 +259,7 @@ def _reread(model: FastWeightLM, tokens_1S: Tensor, *, T: int | None) -> Any:
 def _rollout_logprobs(model: FastWeightLM, hidden_1SD: Tensor, position: int, tokens_1K: Tensor) -> Tensor:
     K = tokens_1K.shape[1]
     before_KD = hidden_1SD[0, position : position + K]
-    return model.label_logprobs(before_KD / REFINE.temperature, tokens_1K[0])[0][None]
+    return model.label_logprobs(before_KD / REFINE.temperature, tokens_1K[0]).logprobs[None]
 
 
 def longest(model: FastWeightLM, goals: dict[str, float]) -> list[Row]:

@@ -74,14 +74,15 @@ def refine_step(
     """
     learns = algorithm.lambda_rl > 0
     reading = model.read(batch.tokens_BT, lengths=batch.padded_B, forkable=learns)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not learns):
-        predicted = next_token(model, reading, batch)
-    entropy_BT = predicted[1]
     labels_BT = label_mask(batch.lengths_B, batch.loss_from_B, batch.tokens_BT.shape[1])
+    ahead_BT = labels_BT if torch.is_grad_enabled() else None  # the gradient of the cross-entropy, but for a factor
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not learns):
+        predicted = next_token(model, reading, batch, ahead_BT=ahead_BT)
+    entropy_BT = predicted.entropies
     told = {"entropy": _mean(entropy_BT, labels_BT)}
     mark("reading")
     if not learns:
-        ntp = -(predicted[0] * labels_BT).sum()
+        ntp = -(predicted.logprobs * labels_BT).sum()
         return Losses(ntp, batch.labels, torch.zeros_like(ntp), 0, told)
 
     if experience is None:
@@ -110,9 +111,7 @@ def refine_step(
         kl_BCNK = kl_estimate(logprobs_BCNK, experience.reference_BCNK)
         losses_BCNK = losses_BCNK + algorithm.kl_weight * kl_BCNK
         told["kl"] = kl_BCNK.detach().mean()
-    # Attached last, so that the backward pass begins with the head's large products: the device is busy with them
-    # while the many small operations of the rollouts' backward are launched.
-    ntp = -(next_token(model, reading, batch, predicted)[0] * labels_BT).sum()
+    ntp = -(next_token(model, reading, batch, predicted).logprobs * labels_BT).sum()
     mark("rollouts")
     return Losses(ntp, batch.labels, losses_BCNK.sum(), losses_BCNK.numel(), told)
 
@@ -127,18 +126,25 @@ def collect(
 ) -> Experience:
     """The front half of a step without gradients: rollouts for several optimizer steps to learn from."""
     reading = model.read(batch.tokens_BT, lengths=batch.padded_B)
-    entropy_BT = next_token(model, reading, batch)[1]
+    entropy_BT = next_token(model, reading, batch).entropies
     rollouts, branches = sample_rollouts(model, reading, entropy_BT, batch, algorithm, rng)
     logprobs_BCNK, hidden_BCNKD = read_rollouts(model, reading, rollouts, branches, algorithm)
     return judge(batch, reading, rollouts, logprobs_BCNK, hidden_BCNKD, algorithm, reference)
 
 
-def next_token(model: FastWeightLM, reading: Reading, batch: Batch, known: Known | None = None) -> Known:
+def next_token(
+    model: FastWeightLM,
+    reading: Reading,
+    batch: Batch,
+    known: Known | None = None,
+    ahead_BT: Tensor | None = None,
+) -> Known:
     """Log-probability of every next token, entropy and log-normaliser of every prediction, each [B, T - 1], in nats.
 
     Where a row is padded, what would be predicted from or to padding is not computed, and is zero.
 
     known: what an earlier call without gradients returned; the log-probabilities are now attached.
+    ahead_BT: what the gradient of the log-probabilities will be, up to one factor.
     """
     B, T = batch.tokens_BT.shape
     real = None
@@ -151,11 +157,16 @@ def next_token(model: FastWeightLM, reading: Reading, batch: Batch, known: Known
     def spread(x_M: Tensor) -> Tensor:
         return x_M.view(B, T - 1) if real is None else real.spread(x_M[None])
 
-    flat = None if known is None else (packed(known[0]), packed(known[1]), packed(known[2]))
-    logprobs_M, entropy_M, normaliser_M = model.label_logprobs(
-        packed(reading.hidden[:, :-1]), packed(batch.tokens_BT[:, 1:]), flat
+    def each(change: Callable[[Tensor], Tensor], of: Known) -> Known:
+        return Known(change(of.logprobs), change(of.entropies), change(of.normalisers), of.ahead)
+
+    found = model.label_logprobs(
+        packed(reading.hidden[:, :-1]),
+        packed(batch.tokens_BT[:, 1:]),
+        None if known is None else each(packed, known),
+        None if ahead_BT is None else packed(ahead_BT),
     )
-    return spread(logprobs_M), spread(entropy_M), spread(normaliser_M)
+    return each(spread, found)
 
 
 def sample_rollouts(
@@ -194,7 +205,8 @@ def read_rollouts(
     first_RD = reading.at(positions_BC).flatten(0, 1).repeat_interleave(tokens_BCNK.shape[2], 0)
     hidden_RKD = branches.hidden(tokens_RK)
     before_RKD = torch.cat((first_RD[:, None], hidden_RKD[:, :-1]), 1)
-    logprobs_M, _, _ = model.label_logprobs(before_RKD.flatten(0, 1) / algorithm.temperature, tokens_RK.flatten())
+    before_MD = before_RKD.flatten(0, 1) / algorithm.temperature
+    logprobs_M = model.label_logprobs(before_MD, tokens_RK.flatten()).logprobs
     return logprobs_M.view(tokens_BCNK.shape), hidden_RKD.view(*tokens_BCNK.shape, -1)
 
 

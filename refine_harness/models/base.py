@@ -320,12 +320,15 @@ class FastWeightLM(PreTrainedModel):
         """Next-token logits [..., V] of hidden states [..., D] after the final norm."""
         return F.linear(hidden, self.head_weight)
 
-    def label_logprobs(self, hidden_MD: Tensor, labels_M: Tensor, known: Known | None = None) -> Known:
+    def label_logprobs(
+        self, hidden_MD: Tensor, labels_M: Tensor, known: Known | None = None, ahead_M: Tensor | None = None
+    ) -> Known:
         """Log-probability of each row's label, entropy and log-normaliser of its distribution, without M × V logits.
 
         known: what a call without gradients returned, to be attached now (see `refine_kernels.linear_head`).
+        ahead_M: what the gradient of the log-probabilities will be, up to one factor, where that is known.
         """
-        return linear_head(hidden_MD, self.head_weight, labels_M, known=known)
+        return linear_head(hidden_MD, self.head_weight, labels_M, known=known, ahead_M=ahead_M)
 
     def forward(
         self,

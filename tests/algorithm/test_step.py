@@ -212,21 +212,21 @@ def test_lambda_zero_is_next_token_prediction_and_draws_nothing(model, batch):
 def test_the_head_rates_what_has_a_label_and_nothing_else(model, batch, monkeypatch):
     rated, rate = [], model.label_logprobs
 
-    def count(hidden_MD, labels_M, known=None):
+    def count(hidden_MD, labels_M, *options):
         rated.append(len(hidden_MD))
-        return rate(hidden_MD, labels_M, known)
+        return rate(hidden_MD, labels_M, *options)
 
     monkeypatch.setattr(model, "label_logprobs", count)
     spoiled = Batch(batch.tokens_BT.masked_fill(~batch.real_BT, 39), batch.lengths_B)
     parts = next_token(model, model.read(batch.tokens_BT, lengths=batch.padded_B), batch)
     again = next_token(model, model.read(spoiled.tokens_BT, lengths=spoiled.padded_B), spoiled, parts)
     assert rated == [149 + 100 + 63] * 2
-    for part, same in zip(parts, again, strict=True):
+    for part, same in zip(parts[:3], again[:3], strict=True):
         assert part.shape == (3, 149) and torch.equal(part, same)
     for b, length in enumerate(batch.lengths):
         row = batch.rows(b, b + 1)
         alone = next_token(model, model.read(row.tokens_BT), row)
-        for part, own in zip(parts, alone, strict=True):
+        for part, own in zip(parts[:3], alone[:3], strict=True):
             assert_close(part[b : b + 1, : length - 1], own)
             assert not part[b, length - 1 :].any()
     assert rated[2:] == [149, 100, 63]

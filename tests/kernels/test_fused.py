@@ -134,15 +134,19 @@ else:
 
     @dtypes
     @pytest.mark.parametrize("pieces", (1, 3))
-    def test_linear_head(dtype, pieces, monkeypatch):
+    @pytest.mark.parametrize("ahead", (False, True))
+    def test_linear_head(dtype, pieces, ahead, monkeypatch):
         M, V, D = 37, 300, 16
         monkeypatch.setattr(head, "LOGITS", V * -(-M // pieces))
         monkeypatch.setattr(head, "BLOCK", 64)
         labels = torch.randint(V, (M,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
+        slope = draw(M, seed=7).detach()
+
         def both(hidden, weight, impl):
-            logprob, entropy, _ = linear_head(hidden, weight, labels, impl=impl)
-            both = (logprob, entropy + 0 * logprob)  # the entropy alone carries no gradient
+            known = linear_head(hidden, weight, labels, ahead_M=slope if ahead else None, impl=impl)
+            loss = (known.logprobs * slope).sum()[None]
+            both = (known.logprobs.detach() + 0 * loss, known.entropies + 0 * loss, loss)
             return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in both)  # as exact as the products
 
         compare(both, [draw(M, D, dtype=dtype), draw(V, D, dtype=dtype, seed=2)])

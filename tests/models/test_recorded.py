@@ -46,7 +46,7 @@ def test_recorded_values_are_reproduced():
         assert off(model.logits(hidden_TD[-1]), recorded[f"logits_last_{T}"]) < 1e-8
         if T == 1:
             continue
-        logprobs_T, entropy_T, _ = model.label_logprobs(hidden_TD[:-1], tokens_1T[0, 1:])
+        logprobs_T, entropy_T, *_ = model.label_logprobs(hidden_TD[:-1], tokens_1T[0, 1:])
         assert off(-logprobs_T, recorded[f"nll_{T}"]) < 1e-8
         assert off(entropy_T, recorded[f"entropy_{T}"]) < 1e-8
         assert off(-logprobs_T.mean(), recorded[f"loss_{T}"]) < 1e-8

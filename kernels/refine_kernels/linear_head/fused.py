@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refine_kernels.linear_head.reference import Known, copies
+from refine_kernels.linear_head.reference import Ahead, Known, ahead_of, attached
 from refine_kernels.runtime import ceiling, compute_dtype, why_no_triton
 
 LOGITS = 1 << 28
@@ -29,18 +29,23 @@ def why_not(x: Tensor) -> str | None:
     return why_no_triton(x)
 
 
-def linear_head(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, known: Known | None = None) -> Known:
+def linear_head(
+    hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, known: Known | None = None, ahead_M: Tensor | None = None
+) -> Known:
     """See `refine_kernels.linear_head.linear_head`."""
-    dtype = compute_dtype(hidden_MD)
-    return _LinearHead.apply(hidden_MD.to(dtype), weight_VD.to(dtype), labels_M, known)  # pyright: ignore[reportReturnType]
+    dtype, learned = compute_dtype(hidden_MD), weight_VD.requires_grad
+    hidden_MD, weight_VD, labels_M = hidden_MD.to(dtype).contiguous(), weight_VD.to(dtype), labels_M.contiguous()
+    ahead = ahead_of(hidden_MD, weight_VD, ahead_M, learned)
+    return attached(_LinearHead, _rated, hidden_MD, weight_VD, labels_M, known, ahead)
 
 
 class _LinearHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_MD, weight_VD, labels_M, known):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_MD, labels_M = hidden_MD.contiguous(), labels_M.contiguous()
-        logprob_M, entropy_M, normaliser_M = _rated(hidden_MD, weight_VD, labels_M) if known is None else copies(known)
+        # Outputs of their own: autograd marks what a function returns.
+        logprob_M, entropy_M, normaliser_M = (x.clone() for x in known[:3])
         ctx.save_for_backward(hidden_MD, weight_VD, labels_M, normaliser_M)
+        ctx.ahead = known.ahead
         ctx.mark_non_differentiable(entropy_M, normaliser_M)
         return logprob_M, entropy_M, normaliser_M
 
@@ -48,25 +53,17 @@ class _LinearHead(torch.autograd.Function):
     def backward(ctx, grad_M, _entropy, _normaliser):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_MD, weight_VD, labels_M, normaliser_M = ctx.saved_tensors
         grad_M = grad_M.float().contiguous()
-        dhidden_MD = torch.empty_like(hidden_MD)
-        dweight_VD: Tensor | None = None
+        if ctx.ahead is not None:
+            dhidden_MD, dweight_VD = ctx.ahead.scaled(grad_M)
+            return dhidden_MD, None if dweight_VD is None else dweight_VD.to(weight_VD.dtype), None, None
+        made = Ahead(grad_M, torch.empty_like(hidden_MD), torch.zeros_like(weight_VD, dtype=torch.float32))
         for rows in _pieces(hidden_MD, weight_VD):
-            logits_RV = _logits(hidden_MD[rows], weight_VD)
-            R, V = logits_RV.shape
-            block = min(BLOCK, triton.next_power_of_2(V))
-            with torch.cuda.device_of(hidden_MD):
-                _backward_kernel[(R, ceiling(V, block))](
-                    logits_RV, labels_M[rows], grad_M[rows], normaliser_M[rows], V, BLOCK=block, num_warps=8
-                )
-            torch.mm(logits_RV, weight_VD, out=dhidden_MD[rows])
-            share_VD = logits_RV.t() @ hidden_MD[rows]
-            # Pieces are summed in float32, so that their number does not matter.
-            dweight_VD = share_VD if dweight_VD is None else dweight_VD.float().add_(share_VD)
-        dweight_VD = torch.zeros_like(weight_VD) if dweight_VD is None else dweight_VD
-        return dhidden_MD, dweight_VD.to(weight_VD.dtype), None, None
+            _carry(made, rows, _logits(hidden_MD[rows], weight_VD), hidden_MD, weight_VD, labels_M, normaliser_M)
+        assert made.weight_VD is not None
+        return made.hidden_MD, made.weight_VD.to(weight_VD.dtype), None, None
 
 
-def _rated(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Known:
+def _rated(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, ahead: Ahead | None) -> Known:
     logprob_M = torch.empty(hidden_MD.shape[0], dtype=torch.float32, device=hidden_MD.device)
     entropy_M, normaliser_M = torch.empty_like(logprob_M), torch.empty_like(logprob_M)
     for rows in _pieces(hidden_MD, weight_VD):
@@ -77,7 +74,31 @@ def _rated(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Known:
                 logits_RV, labels_M[rows], logprob_M[rows], entropy_M[rows], normaliser_M[rows], V,
                 BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=8,
             )  # fmt: skip
-    return logprob_M, entropy_M, normaliser_M
+        if ahead is not None:
+            _carry(ahead, rows, logits_RV, hidden_MD, weight_VD, labels_M, normaliser_M)
+    return Known(logprob_M, entropy_M, normaliser_M, ahead)
+
+
+def _carry(
+    into: Ahead,
+    rows: slice,
+    logits_RV: Tensor,
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    labels_M: Tensor,
+    normaliser_M: Tensor,
+) -> None:
+    """The gradients of a piece; its logits are overwritten."""
+    R, V = logits_RV.shape
+    block = min(BLOCK, triton.next_power_of_2(V))
+    with torch.cuda.device_of(logits_RV):
+        _backward_kernel[(R, ceiling(V, block))](
+            logits_RV, labels_M[rows], into.of_M[rows], normaliser_M[rows], V, BLOCK=block, num_warps=8
+        )
+    torch.mm(logits_RV, weight_VD, out=into.hidden_MD[rows])
+    if into.weight_VD is not None:
+        # Pieces are summed in float32, so that their number does not matter.
+        into.weight_VD.add_(logits_RV.t() @ hidden_MD[rows])
 
 
 def _logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:

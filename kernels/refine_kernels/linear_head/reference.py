@@ -1,10 +1,14 @@
 """The linear head a few rows at a time, forward and backward, so that M × V logits are never stored.
 
 With p = softmax(z) and g the gradient of the label's log-probability, dL/dz = g (onehot - p): the backward
-needs the logits again, and recomputes them from the saved log-normaliser.
+needs the logits again, and recomputes them from the saved log-normaliser. Where g is known up to a factor when the
+logits are there, the gradients are made at once (`Ahead`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +18,69 @@ LOGITS = 1 << 24
 """Logits in memory at once: 64 MiB in float32."""
 
 
-Known = tuple[Tensor, Tensor, Tensor]
-"""Log-probabilities, entropies and log-normalisers."""
+class Ahead(NamedTuple):
+    """Gradients of hidden states and weight, made for one gradient of the log-probabilities."""
+
+    of_M: Tensor
+    hidden_MD: Tensor
+    weight_VD: Tensor | None
+    """In float32 or wider; None where the weight is not learned."""
+
+    def scaled(self, grad_M: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same for a gradient that is a multiple of `of_M`; not a number for any other."""
+        of_M = self.of_M.to(grad_M.dtype)
+        scale = torch.dot(grad_M, of_M) / torch.dot(of_M, of_M).clamp(min=torch.finfo(of_M.dtype).tiny)
+        off = (grad_M - scale * of_M).abs().max()
+        scale = torch.where(off <= 1e-4 * grad_M.abs().max(), scale, torch.nan)
+        scale_1 = scale[None]  # of one dimension, so that it is not rounded to a narrower dtype
+        weight_VD = None if self.weight_VD is None else self.weight_VD * scale_1
+        return (self.hidden_MD * scale_1).to(self.hidden_MD.dtype), weight_VD
 
 
-def linear_head(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, known: Known | None = None) -> Known:
+class Known(NamedTuple):
+    """What a call found out of M rows: tensors [M], or spread over padded rows [B, T]."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    normalisers: Tensor
+    ahead: Ahead | None = None
+
+
+def linear_head(
+    hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, known: Known | None = None, ahead_M: Tensor | None = None
+) -> Known:
     """See `refine_kernels.linear_head.linear_head`."""
-    device = hidden_MD.device.type
+    device, learned = hidden_MD.device.type, weight_VD.requires_grad
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
-    return _LinearHead.apply(hidden_MD, weight_VD, labels_M, known)  # pyright: ignore[reportReturnType]
+    ahead = ahead_of(hidden_MD, weight_VD, ahead_M, learned)
+    return attached(_LinearHead, _rated, hidden_MD, weight_VD, labels_M, known, ahead)
+
+
+def attached(
+    head: Any,
+    rated: Callable[..., Known],
+    hidden_MD: Tensor,
+    weight_VD: Tensor,
+    labels_M: Tensor,
+    known: Known | None,
+    ahead: Ahead | None,
+) -> Known:
+    """What is known, or is found out now, with the autograd function `head` between it and its inputs."""
+    if known is None:
+        with torch.no_grad():
+            known = rated(hidden_MD, weight_VD, labels_M, ahead)
+    return Known(*head.apply(hidden_MD, weight_VD, labels_M, known), ahead=known.ahead)
 
 
 class _LinearHead(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, known: Known | None) -> Known:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logprob_M, entropy_M, normaliser_M = _rated(hidden_MD, weight_VD, labels_M) if known is None else copies(known)
+    def forward(ctx, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, known: Known) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Outputs of their own: autograd marks what a function returns.
+        logprob_M, entropy_M, normaliser_M = (x.clone() for x in known[:3])
         ctx.save_for_backward(hidden_MD, weight_VD, labels_M, normaliser_M)
+        ctx.ahead = known.ahead
         ctx.mark_non_differentiable(entropy_M, normaliser_M)
         return logprob_M, entropy_M, normaliser_M
 
@@ -39,19 +88,26 @@ class _LinearHead(torch.autograd.Function):
     def backward(ctx, grad_M: Tensor, _entropy: Tensor, _normaliser: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_MD, weight_VD, labels_M, normaliser_M = ctx.saved_tensors
         wide = normaliser_M.dtype
+        if ctx.ahead is not None:
+            grad_hidden, grad_weight = ctx.ahead.scaled(grad_M)
+            return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None
         grad_hidden = torch.empty_like(hidden_MD)
         grad_weight = torch.zeros_like(weight_VD, dtype=wide)
         for rows in _pieces(hidden_MD.shape[0], weight_VD.shape[0]):
             logits_RV = F.linear(hidden_MD[rows], weight_VD).to(wide)
-            slope_RV = (logits_RV - normaliser_M[rows, None]).exp_().mul_(-grad_M[rows, None])
-            slope_RV.scatter_add_(1, labels_M[rows, None], grad_M[rows, None])
-            slope_RV = slope_RV.to(hidden_MD.dtype)
+            probs_RV = (logits_RV - normaliser_M[rows, None]).exp_()
+            slope_RV = _slopes(probs_RV, labels_M[rows], grad_M[rows]).to(hidden_MD.dtype)
             grad_hidden[rows] = slope_RV @ weight_VD
             grad_weight += (slope_RV.t() @ hidden_MD[rows]).to(wide)
         return grad_hidden, grad_weight.to(weight_VD.dtype), None, None
 
 
-def _rated(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Known:
+def _slopes(probs_RV: Tensor, labels_R: Tensor, grad_R: Tensor) -> Tensor:
+    """g (onehot - p), written over p."""
+    return probs_RV.mul_(-grad_R[:, None]).scatter_add_(1, labels_R[:, None], grad_R[:, None])
+
+
+def _rated(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, ahead: Ahead | None) -> Known:
     wide = torch.float64 if hidden_MD.dtype == torch.float64 else torch.float32
     M = hidden_MD.shape[0]
     logprob_M = torch.empty(M, dtype=wide, device=hidden_MD.device)
@@ -63,13 +119,21 @@ def _rated(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Known:
         probs_RV = (logits_RV - normaliser_R[:, None]).exp_()
         entropy_M[rows] = normaliser_R - torch.linalg.vecdot(probs_RV, logits_RV)
         normaliser_M[rows] = normaliser_R
-    return logprob_M, entropy_M, normaliser_M
+        if ahead is not None:
+            slope_RV = _slopes(probs_RV, labels_M[rows], ahead.of_M[rows]).to(hidden_MD.dtype)
+            ahead.hidden_MD[rows] = slope_RV @ weight_VD
+            if ahead.weight_VD is not None:
+                ahead.weight_VD.add_(slope_RV.t() @ hidden_MD[rows])
+    return Known(logprob_M, entropy_M, normaliser_M, ahead)
 
 
-def copies(known: Known) -> Known:
-    """Outputs of their own: autograd marks what a function returns."""
-    logprob_M, entropy_M, normaliser_M = (x.clone() for x in known)
-    return logprob_M, entropy_M, normaliser_M
+def ahead_of(hidden_MD: Tensor, weight_VD: Tensor, of_M: Tensor | None, learned: bool) -> Ahead | None:
+    """Room for what is made ahead, with zeros for a weight that is learned."""
+    if of_M is None:
+        return None
+    wide = torch.float64 if hidden_MD.dtype == torch.float64 else torch.float32
+    weight = weight_VD.new_zeros(weight_VD.shape, dtype=wide) if learned else None
+    return Ahead(of_M.to(wide).contiguous(), torch.empty_like(hidden_MD, requires_grad=False), weight)
 
 
 def _pieces(rows: int, vocabulary: int):
