@@ -18,6 +18,17 @@ DELTANET_1B: dict[str, Any] = {
 }
 """fla-hub/delta_net-1.3B-100B."""
 
+GATED_1B: dict[str, Any] = {
+    "model_type": "gated_deltanet",
+    "hidden_size": 2048,
+    "num_hidden_layers": 21,
+    "num_heads": 6,
+    "head_dim": 256,
+    "expand_v": 2,
+    "vocab_size": 32000,
+}
+"""fla's Gated DeltaNet of 1.3B parameters."""
+
 LACT_760M: dict[str, Any] = {
     "model_type": "lact_swiglu",
     "hidden_size": 1536,
@@ -34,7 +45,11 @@ LACT_760M: dict[str, Any] = {
 }
 """The 760M model of YunjinZhang/lact_llm."""
 
-SHAPES: dict[str, dict[str, Any]] = {"deltanet-1b": DELTANET_1B, "lact-760m": LACT_760M}
+SHAPES: dict[str, dict[str, Any]] = {
+    "deltanet-1b": DELTANET_1B,
+    "gated-deltanet-1b": GATED_1B,
+    "lact-760m": LACT_760M,
+}
 
 
 def build(shape: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> FastWeightLM:

@@ -6,6 +6,7 @@ stops if they differ.
 
     python benchmarks/step.py                                                the embedded model, on whatever is here
     python benchmarks/step.py --shape deltanet-1b --tokens 16384 --documents 2     on a GPU, with random weights
+    python benchmarks/step.py --shape gated-deltanet-1b --tokens 16384 --documents 2
     python benchmarks/step.py --shape lact-760m --tokens 16384 --documents 2
 """
 
@@ -40,6 +41,7 @@ REFINE = Algorithm(rollouts_from="step")
 MANY = Algorithm(rollouts_from="step", rollouts=8)
 GOALS = {
     "deltanet-1b": {"step": 1.15, "many": 1.4, "rereading": 10.0, "memory": 1.2, "share": 0.5, "longest": 131072},
+    "gated-deltanet-1b": {"step": 1.15, "many": 1.4, "rereading": 10.0, "memory": 1.2, "share": 0.5},
     "lact-760m": {"step": 1.25, "many": 1.4, "rereading": 20.0, "memory": 1.2, "share": 0.5},
 }
 LONGEST = (65536, 131072, 196608)
@@ -50,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="refine-tiny")
     parser.add_argument("--shape", choices=SHAPES, help="a published shape with random weights, instead of a model")
-    parser.add_argument("--layers", type=int, default=24, help="of a shape")
+    parser.add_argument("--layers", type=int, help="of a shape, instead of its own number")
     parser.add_argument("--tokens", type=int, default=1024, help="per document")
     parser.add_argument("--documents", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
@@ -58,7 +60,8 @@ def main() -> None:
     asked = parser.parse_args()
     rows: list[Row] = []
     if asked.shape == "deltanet-1b":  # the only one of the shapes that stock fla has
-        rows += beside_fla(asked.tokens, asked.documents, asked.layers, asked.repeats)
+        layers = asked.layers or SHAPES[asked.shape]["num_hidden_layers"]
+        rows += beside_fla(asked.tokens, asked.documents, layers, asked.repeats)
     model, exact, allowed = models(asked)
     error = check(exact, documents(exact, min(asked.tokens, 300)))
     print(f"gradients, forked from re-read: {error:.2e}", flush=True)
@@ -82,7 +85,8 @@ def models(asked: argparse.Namespace) -> tuple[FastWeightLM, FastWeightLM, float
         model, _ = load_model(asked.model, asked.device, "float32")
         return model, exact, TOLERANCE[torch.float64]
     shape = SHAPES[asked.shape]
-    model, small = (build({**shape, "num_hidden_layers": layers}).train() for layers in (asked.layers, 2))
+    deep = asked.layers or shape["num_hidden_layers"]
+    model, small = (build({**shape, "num_hidden_layers": layers}).train() for layers in (deep, 2))
     table = "bfloat16, Muon" if shape.get("use_muon") else "bfloat16"
     return model, small, MODEL_TOLERANCE[table]["gradient"]
 

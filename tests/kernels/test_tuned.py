@@ -67,3 +67,44 @@ assert json.loads(out.read_text())["kernels"][kernel] == entries
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_search_compiles_all_choices_before_it_tries_one(tmp_path):
+    """Without a GPU: Triton compiles for one that is named, and there is no launch, whose lack ends the search."""
+    code = f"""
+import os
+os.environ["TRITON_CACHE_DIR"] = {str(tmp_path)!r}
+import torch, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from refine_kernels.tune import compiled_together
+
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_benchmarker(self): return lambda call, quantiles: call()
+
+triton.runtime.driver.set_active(Driver())
+sizes = (16, 32, 64)
+
+@triton.autotune(configs=[triton.Config({{"BLOCK": size}}) for size in sizes], key=["n"])
+@triton.jit
+def kernel(x, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x + at, at, mask=at < n)
+
+def search(n):
+    try:
+        kernel[(1,)](torch.zeros(n, dtype=torch.int32), n=n)
+    except AttributeError as error:
+        assert "launcher" in str(error)
+    return len(kernel.fn.device_caches[0][0])
+
+with compiled_together():
+    assert search(64) == len(sizes)
+assert search(65) == len(sizes) + 1
+"""
+    script = tmp_path / "search.py"  # Triton reads the source of its kernels
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
