@@ -85,7 +85,9 @@ def train(
         assert evaluation is not None, "the command line asks for tasks"
         return evaluate(model, out, evaluation, "refine-ttt", config, name, argv)
     with Progress() as progress:
-        benchmarks = None if evaluation is None else _benchmarks(evaluation, model, progress)
+        benchmarks = None
+        if evaluation is not None:
+            benchmarks = _benchmarks(evaluation, model, progress, [_scores_folder(out, evaluation)])
         made = _train(stage, model, out, config, progress, "train", benchmarks)
         record = None
         if benchmarks is not None:
@@ -109,7 +111,7 @@ def evaluate(
     if backend == "refine-ttt" and test_time is None:
         test_time = TestTimeConfig()
     with Progress() as progress:
-        benchmarks = _benchmarks(evaluation, model, progress)
+        benchmarks = _benchmarks(evaluation, model, progress, [_scores_folder(out, evaluation, test_time)])
         made = _made_before(model)
         claim_run_folder(out, {"kind": "evaluation", "model": _weights(model)})
         record = _score(
@@ -123,7 +125,8 @@ def experiment(config: Experiment, out: Path | None, argv: Sequence[str]) -> Non
     out = out or Path(config.out or f"runs/{config.name}")
     records = []
     with Progress() as progress:
-        benchmarks = _benchmarks(config.evaluation, config.model, progress)
+        folders = [_scores_folder(out / run.name, config.evaluation, _test_time(run)) for run in config.runs]
+        benchmarks = _benchmarks(config.evaluation, config.model, progress, folders)
         claim_run_folder(out, {"kind": "experiment", "experiment": config.name, "model": _weights(config.model)})
         made: dict[str | None, Made] = {None: _made_before(config.model)}
         for number, run in enumerate(config.runs, start=1):
@@ -143,8 +146,7 @@ def _one_run(
     argv: Sequence[str],
     title: str,
 ) -> ScoreRecord:
-    parent, folder, config = made[run.parent], out / run.name, run.training
-    test_time = config if isinstance(config, TestTimeConfig) else None
+    parent, folder, config, test_time = made[run.parent], out / run.name, run.training, _test_time(run)
     if config is not None and test_time is None:
         made[run.name] = _train(run.stage, parent.model, folder, config, progress, f"{title}: training", benchmarks)
     else:
@@ -243,12 +245,10 @@ def _score(
 ) -> ScoreRecord:
     """Score a checkpoint, or see that it is done; the record, written to `records`."""
     evaluation = benchmarks.evaluation
-    asked = evaluation.model_dump(mode="json", exclude={"device", "batch_size"})
-    asked["test_time"] = None if test_time is None else test_time.model_dump(mode="json")
-    folder = out / "scores" / hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:12]
-    for path in sorted(folder.glob("*.json")):
+    folder = _scores_folder(out, evaluation, test_time)
+    if (done := _record_in(folder)) is not None:
         progress.say(f"{title}: done before")
-        record = read_record(path)
+        record = read_record(done)
         write_record(record, records)
         return record
     from refine_harness.evaluation.score import score  # lm-eval, which training alone need not wait for
@@ -278,6 +278,22 @@ def _score(
     write_record(record, records)
     write_record(record, folder)
     return record
+
+
+def _scores_folder(out: Path, evaluation: Evaluation, test_time: TestTimeConfig | None = None) -> Path:
+    """Where answers and record of an evaluation belong, in the folder of a run."""
+    asked = evaluation.model_dump(mode="json", exclude={"device", "batch_size"})
+    asked["test_time"] = None if test_time is None else test_time.model_dump(mode="json")
+    return out / "scores" / hashlib.sha256(canonical_json(asked).encode()).hexdigest()[:12]
+
+
+def _record_in(folder: Path) -> Path | None:
+    """The record of an evaluation that is done, in its folder."""
+    return min(folder.glob("*.json"), default=None)
+
+
+def _test_time(run: Run) -> TestTimeConfig | None:
+    return run.training if isinstance(run.training, TestTimeConfig) else None
 
 
 def describe(config: TrainConfig) -> str:
@@ -315,10 +331,11 @@ def _made_before(model: str) -> Made:
         ) from None
 
 
-def _benchmarks(evaluation: Evaluation, model: str, progress: Progress) -> Resolved:
-    """What `model`, and those trained from it, which have its tokenizer, are scored on, built.
+def _benchmarks(evaluation: Evaluation, model: str, progress: Progress, folders: Sequence[Path]) -> Resolved:
+    """What `model`, and those trained from it, which have its tokenizer, are scored on.
 
-    Raises TaskError, DataError or ModelError now rather than after training.
+    Built, unless each of `folders`, where the scores belong, has its record. Raises TaskError, DataError or ModelError
+    now rather than after training.
     """
     from refine_harness.evaluation.tasks import resolve  # lm-eval, which training alone need not wait for
 
@@ -326,7 +343,8 @@ def _benchmarks(evaluation: Evaluation, model: str, progress: Progress) -> Resol
     load_tokenizer(source)
     pick_device(evaluation.device)
     benchmarks = resolve(evaluation.tasks, evaluation, source)
-    _build(benchmarks, progress)
+    if any(_record_in(folder) is None for folder in folders):
+        _build(benchmarks, progress)
     return benchmarks
 
 

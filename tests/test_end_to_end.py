@@ -104,6 +104,7 @@ def test_one_command_trains_and_scores_and_does_neither_twice(home: Path, tmp_pa
     again = refine(*mid(home, out), *TASKS, "--name", "first")
     assert again.exit_code == 0
     assert "done before" in again.stderr
+    assert "examples" not in again.stderr  # they are built for scoring alone
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -272,7 +273,9 @@ def test_an_experiment_goes_on_where_it_was_killed_and_makes_its_page(home: Path
     page = tmp_path / "out" / "page" / "index.html"
     assert str(page.resolve()) in shown.replace("\n", "")
     assert all(record.file_name[-17:-5] in page.read_text() for record in records.values())
-    assert "done before" in refine(*arguments).stderr
+    again = refine(*arguments).stderr
+    assert "done before" in again
+    assert "examples" not in again
 
 
 def refused(out: Path, *arguments: str) -> str:

@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ def plain(value: Any) -> Any:
 
 def samples_sha256(samples: Iterable[Sample]) -> str:
     """Hash of one task's rows, in their order."""
-    return hashlib.sha256("\n".join(canonical_json(asdict(sample)) for sample in samples).encode()).hexdigest()
+    return hashlib.sha256("\n".join(canonical_json(vars(sample)) for sample in samples).encode()).hexdigest()
 
 
 def by_part(samples: Iterable[Sample]) -> dict[tuple[str, int | None], list[Sample]]:

@@ -200,11 +200,20 @@ def _sentences(text: str) -> list[list[str]]:
 
 def _common_words(left: Sequence[str], right: Sequence[str]) -> list[str]:
     """A longest common subsequence; of several, the one that the package walks back to."""
+    in_right = set(right)
     lengths = [[0] * (len(right) + 1)]
     for word in left:
-        above, row = lengths[-1], [0]
+        above = lengths[-1]
+        if word not in in_right:  # most words of two summaries: their row is the one above
+            lengths.append(above)
+            continue
+        row, longest = [0], 0
         for j, other in enumerate(right):
-            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
+            if word == other:
+                longest = above[j] + 1
+            elif above[j + 1] > longest:
+                longest = above[j + 1]
+            row.append(longest)
         lengths.append(row)
     words: list[str] = []
     i, j = len(left), len(right)
