@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from refine_kernels.delta_rule import delta_rule
 from refine_kernels.lookup import Lookup
 
 TOKENS = 8192
+WARM_UP, REPEATS = 5, 25
+"""Milliseconds of one choice: its kernel takes some tenths of one, and the search has a thousand to try."""
 
 
 class Shape(NamedTuple):
@@ -54,11 +57,11 @@ def tune(shapes: tuple[Shape, ...] = COMMON, path: Path | None = None, say: Call
         raise ImplementationError(f"there is nothing to tune: {reason}")
     path = path or fla.user_folder() / fla.file_name()
     fla.searching = True
-    for shape in shapes:
+    for number, shape in enumerate(shapes, start=1):
         if shape.decay and (reason := fla.why_no_decay()) is not None:
             say(f"{shape}: left out: {reason}")
             continue
-        say(str(shape))
+        say(f"{number}/{len(shapes)}: {shape}")
         with compiled_together():
             _run(shape)
         fla.save_tuned(path)
@@ -67,9 +70,9 @@ def tune(shapes: tuple[Shape, ...] = COMMON, path: Path | None = None, say: Call
 
 @contextmanager
 def compiled_together() -> Iterator[None]:
-    """While it lasts, a kernel that searches compiles all its choices on all cores before it tries one after another.
+    """While it lasts, a kernel that searches compiles all its choices on all cores, and then times each for a moment.
 
-    Compiling takes nearly all the time of a search. Without Triton's asynchronous compilation (3.5) nothing changes.
+    Compiling takes most of the time of a search. Without Triton's asynchronous compilation (3.5) nothing changes.
     """
     import triton  # pyright: ignore[reportMissingImports]
     from triton.runtime.autotuner import Autotuner  # pyright: ignore[reportMissingImports]
@@ -82,6 +85,8 @@ def compiled_together() -> Iterator[None]:
 
     def compiled(self: Any, kwargs: dict[str, Any]) -> Any:
         choices = prune(self, kwargs)
+        if self._do_bench is None:
+            self.do_bench = partial(triton.runtime.driver.active.get_benchmarker(), warmup=WARM_UP, rep=REPEATS)
         given = {name: x for name, x in kwargs.items() if name != "warmup"}
         # What does not compile is met again, and left out, when it is tried.
         with mode(pool, ignore_errors=True):

@@ -40,7 +40,7 @@ else:
     )
     from refine_kernels.delta_rule.fused import EVERY, state_gradients
     from refine_kernels.fork_attention import Elsewhere
-    from refine_kernels.lact import Chunk, FastWeights, Place, lact, row_norms
+    from refine_kernels.lact import Chunk, FastWeights, Fresh, Place, lact, row_norms
     from refine_kernels.lact.reference import map_chunk
     from refine_kernels.linear_head import fused as head
     from refine_kernels.rotary import turns
@@ -425,10 +425,25 @@ else:
 
         compare(op, used, wider=THROUGH_MUON if options.get("muon") else 1.0)
 
+    @pytest.mark.parametrize("H", (1, 2))
+    def test_texts_that_begin_share_their_start(H):
+        B, T, M, L = 2, 11, 3, 4
+        inputs = [*text_for_lact(B, T, H, M), *(draw(H, M, M, seed=i) for i in range(3))]
+
+        def op(q, k, v, rates, kept, *w, impl):
+            place = Place(torch.zeros(B, dtype=torch.int64, device=q.device), (0,) * B, None, (T,) * B)
+            start = Fresh(cast(Any, w), B, momentum=True, prenorm=False)
+            tokens = Chunk(k, v, rates, kept)
+            return results(lact(q, tokens, start, None, place, chunk_size=L, boundaries=True, impl=impl), (T,) * B)
+
+        compare(op, inputs)
+
     def test_nothing_is_computed_for_padding(monkeypatch):
         """Chunks are made full for the reading; no token after a row's last chunk is read, and none is learned from."""
+        from refine_kernels import replay
         from refine_kernels.lact import kernels
 
+        monkeypatch.setattr(replay, "_find", lambda *_: None)
         T, lengths, H, L = 23, (5, 23, 1, 20), 2, 4
         ends, chunks = (1, 5, 0, 4), 2 + 6 + 1 + 5
         learned, read = [], []

@@ -171,16 +171,18 @@ def _runs(chunks: Sequence[int], lengths: Sequence[int]) -> tuple[_Run, ...]:
 def _together(ends: Sequence[int]) -> list[tuple[slice, slice]]:
     """Rows and the updates that they make together, in order.
 
-    Rows that all make as many make them as one piece of work. Else each update is one, so that a recording of it serves
-    texts of any length.
+    Rows that all make as many make them as one piece of work. Else pieces are 1, 2, 4, .. updates of the rows that make
+    them, so that a few recordings serve texts of any lengths.
     """
     if min(ends) == max(ends):
         return [(slice(0, len(ends)), slice(0, ends[0]))] if ends[0] else []
-    made = []
-    for g in range(max(ends)):
-        for run in _runs([int(n > g) for n in ends], ends):
-            if run.chunks:
-                made.append((run.rows, slice(g, g + 1)))
+    made, start = [], 0
+    for stop in sorted(set(ends) - {0}):
+        rows = [run.rows for run in _runs([int(n >= stop) for n in ends], ends) if run.chunks]
+        for size in (1 << i for i in reversed(range(stop.bit_length()))):
+            if (stop - start) & size:
+                made += [(of, slice(start, start + size)) for of in rows]
+                start += size
     return made
 
 
@@ -328,7 +330,8 @@ def _all_updates(
     """
     B, H, S, M = k_BHSM.shape
     N, updates, dtype = B * H, S // L, k_BHSM.dtype
-    k, v, rates, norms = k_BHSM.flatten(0, 1), v_BHSM.flatten(0, 1), rates_BSH3.contiguous(), norms_BH3M.flatten(0, 1)
+    k, v, rates = k_BHSM.flatten(0, 1), v_BHSM.flatten(0, 1), rates_BSH3.contiguous()
+    norms = norms_BH3M.flatten(0, 1).contiguous()  # rows that share a start share the memory, too
     weights = pack.new_empty(N, updates, 3, M, M)
     narrow = weights if pack.dtype == dtype else torch.empty_like(weights, dtype=dtype)
     momenta = None if momentum is None else torch.empty_like(weights, dtype=momentum.dtype)
@@ -390,7 +393,8 @@ def _all_updates_back(
     """
     B, H, S, M = k_BHSM.shape
     N, updates, dtype = B * H, S // L, k_BHSM.dtype
-    k, v, rates, norms = k_BHSM.flatten(0, 1), v_BHSM.flatten(0, 1), rates_BSH3.contiguous(), norms_BH3M.flatten(0, 1)
+    k, v, rates = k_BHSM.flatten(0, 1), v_BHSM.flatten(0, 1), rates_BSH3.contiguous()
+    norms = norms_BH3M.flatten(0, 1).contiguous()  # rows that share a start share the memory, too
 
     def in_one(x: Tensor | None) -> Any:
         return None if x is None else x.contiguous().view(N, -1, 3, M, M)
