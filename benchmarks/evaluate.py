@@ -162,12 +162,13 @@ def lact(folder: Path, asked: Any) -> list[Row]:
     shape = resized(LACT_760M, asked)
     model = build(shape, DTYPE)
     tokenizer = load_tokenizer(EMBEDDED)
-    length, count = asked.answer or 32, asked.examples or 2
+    length, count = asked.answer or 32, asked.examples or 4
+    sizes = sorted({1, 2, count})  # alone, as the published path answers, and together
     docs = needle_docs(EMBEDDED, "niah_single_2", asked.tokens, count)
     lm = RefineLM(EMBEDDED, model=model.eval(), tokenizer=tokenizer, batch_size=asked.ours[0])
     greedy = {"until": [], "max_gen_toks": length, "do_sample": False}
     ours: dict[int, float] = {}
-    for n in sorted({1, count}):  # alone, as the published path answers, and together
+    for n in sizes:
         for _ in range(2):  # compiles kernels, and records what is met again
             lm.generate_until([generation(doc["prompt"], greedy, i) for i, doc in enumerate(docs[:n])], True)
         settle()
@@ -175,23 +176,26 @@ def lact(folder: Path, asked: Any) -> list[Row]:
         lm.generate_until([generation(doc["prompt"], greedy, i) for i, doc in enumerate(docs[:n])], True)
         ours[n] = (time.perf_counter() - started) / n
     prompt = lm.tok_encode(docs[0]["prompt"])
-    text = torch.tensor([prompt], device=DEVICE)
-    by_rereading(model, text, 1)
-    settle()
-    started = time.perf_counter()
-    published = by_rereading(model, text, length)
-    theirs = time.perf_counter() - started
+    published, theirs = [], {}
+    for n in sizes:
+        text = torch.tensor([prompt] * n, device=DEVICE)
+        by_rereading(model, text, 1)
+        settle()
+        started = time.perf_counter()
+        published = by_rereading(model, text, length)
+        theirs[n] = (time.perf_counter() - started) / n
     [answer] = lm.answerer.generate([prompt], [Decoding(max_tokens=length)])
     differ = [i for i, (a, b) in enumerate(zip(published, answer.tokens, strict=False)) if a != b]
     equal = differ[0] if differ else len(answer.tokens)
-    ratio = theirs / ours[1]
+    ratio = min(theirs.values()) / min(ours.values())
     return [
-        Row(f"{length} tokens after {asked.tokens}, published path", theirs, "s an example", 1),
         *(
-            Row(f"{length} tokens after {asked.tokens}, ours, {n} at once", took, "s an example", n)
-            for n, took in ours.items()
+            Row(f"{length} tokens after {asked.tokens}, {who}, {n} at once", took, "s an example", n)
+            for who, seconds in (("published path", theirs), ("ours", ours))
+            for n, took in seconds.items()
         ),
-        Row("published path / ours", ratio, "ratio", 1, "at least 20", ratio >= 20),
+        Row("published path / ours, one at a time", theirs[1] / ours[1], "ratio", 1),
+        Row("published path / ours, each at its best", ratio, "ratio", 1, "at least 20", ratio >= 20),
         Row("first tokens that are equal", equal / length, "share", length),
     ]
 
@@ -367,11 +371,11 @@ def enlarged(small: Any, shape: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def by_rereading(model: Any, text: torch.Tensor, count: int) -> list[int]:
-    """Greedy tokens the published way: everything is read again for each of them."""
+    """Greedy tokens of the first row the published way: everything is read again for each of them."""
     n = text.shape[1]
     while text.shape[1] < n + count:
-        hidden_1D = model.read(text, forkable=False).hidden[:, -1]
-        text = torch.cat((text, model.logits(hidden_1D).argmax(-1)[None]), 1)
+        hidden_BD = model.read(text, forkable=False).hidden[:, -1]
+        text = torch.cat((text, model.logits(hidden_BD).argmax(-1)[:, None]), 1)
     return text[0, n:].tolist()
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from refine_kernels.linear_head.reference import Ahead, Known, ahead_of, attached
 from refine_kernels.runtime import ceiling, compute_dtype, why_no_triton
 
-LOGITS = 1 << 28
-"""Logits in memory at once: 512 MiB in bfloat16."""
+LOGITS = 1 << 27
+"""Logits in memory at once: 256 MiB in bfloat16."""
 BLOCK = 4096
 """Logits that a program holds at once."""
 
@@ -108,6 +108,7 @@ def _logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
 
 def _pieces(hidden_MD: Tensor, weight_VD: Tensor):
     size = max(1, LOGITS // weight_VD.shape[0])
+    size -= size % 128 if size > 128 else 0  # rows of a tile of the product
     return (slice(start, start + size) for start in range(0, hidden_MD.shape[0], size))
 
 
