@@ -346,9 +346,9 @@ class LaCTMixer(FastWeightLayer):
             k_BSAI, v_BSAI = (x.unflatten(-1, q_BTAI.shape[2:]) for x in past.values())
             assert rows.seen is not None
             # One token is read by the same operations wherever the rows stand, so that it can be recorded as a graph.
-            full = rows.T > 1 and min(rows.seen) >= W - 1
-            past_B = None if full else rows.seen_B.clamp(max=W - 1)
-            o_BTAI = rows.packed(window_attention(rows.spread(q_BTAI), k_BSAI, v_BSAI, past_B, window=W))
+            real = [min(n, W - 1) for n in rows.seen]
+            past_B = None if rows.T > 1 and min(real) == W - 1 else rows.seen_B.clamp(max=W - 1)
+            o_BTAI = rows.packed(window_attention(rows.spread(q_BTAI), k_BSAI, v_BSAI, past_B, past=real, window=W))
             if rows.T == 1:
                 return o_BTAI.flatten(2), {name: x[:, 1:] for name, x in past.items()}, own
         after = self._window_at(own, state, None if rows.lengths_B is None else rows.ends_B1)

@@ -496,6 +496,25 @@ else:
 
         compare(op, used, wider=THROUGH_MUON if muon else 1.0)
 
+    @pytest.mark.parametrize("lengths", [(13, 13, 13), (13, 2, 9)], ids=str)
+    def test_rows_at_different_places_of_their_chunks(lengths):
+        B, T, M, L, held = 3, 13, 3, 4, (1, 1, 4)
+        before = [draw(*x.shape, seed=11 + i) for i, x in enumerate(text_for_lact(B, L, 1, M)[1:])]
+
+        def op(q, k, v, rates, kept, *rest, impl):
+            w, m, earlier = rest[:3], rest[3:6], rest[6:]
+            place_BL = torch.arange(L, device=q.device) < torch.tensor(held, device=q.device)[:, None]
+            buffer = map_chunk(lambda x: x * place_BL.view(B, L, *[1] * (x.dim() - 2)), Chunk(*earlier))
+            lengths_B = None if min(lengths) == T else torch.tensor(lengths, device=q.device)
+            place = Place(torch.tensor(held, device=q.device), held, lengths_B, lengths)
+            start = FastWeights(cast(Any, w), None, cast(Any, m), row_norms(cast(Any, w)))
+            made = lact(q, Chunk(k, v, rates, kept), start, buffer, place, chunk_size=L, impl=impl)
+            real_BT = torch.arange(T, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+            outputs = made.outputs_BTHV.masked_fill(~real_BT[..., None, None], 0)
+            return (outputs, *made.fast.weights, *cast(Any, made.fast.momentum), *cast(Any, made.unfinished))
+
+        compare(op, [*text_for_lact(B, T, 1, M), *weights_of_lact(B, 1, M), *before])
+
     def test_between_the_passes_only_inputs_are_kept_of_every_token():
         """What is as large as the tokens' channels is what the operations were given; all else grows with chunks."""
         B, T, H, M, L = 1, 64, 2, 4, 32

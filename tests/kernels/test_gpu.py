@@ -103,12 +103,16 @@ def test_a_few_tokens_without_gradient():
 
 
 @pytest.mark.parametrize("window", (None, 16, 300))
-@pytest.mark.parametrize(("T", "S", "past"), [(1, 40, (3, 39)), (50, 70, (0, 20)), (200, 200, None), (333, 400, None)])
-def test_window_attention(T, S, past, window):
+@pytest.mark.parametrize(
+    ("T", "S", "past"),
+    [(1, 40, (3, 39)), (50, 70, (0, 20)), (200, 200, None), (333, 400, None), (200, 250, (50, 7)), (100, 300, (9, 9))],
+)
+@pytest.mark.parametrize("on_host", (False, True))
+def test_window_attention(T, S, past, window, on_host):
     q, k, v = draw(2, T, 4, 64), draw(2, S, 2, 64, seed=1), draw(2, S, 2, 64, seed=2)
     args: list[Any] = [x.requires_grad_() for x in (q, k, v)]
     past_B = None if past is None else torch.tensor(past, device="cuda")
-    got = window_attention(q, k, v, past_B, window=window, impl="fused")
+    got = window_attention(q, k, v, past_B, past=past if on_host else None, window=window, impl="fused")
     exact = [x.detach().double().requires_grad_() for x in args]
     want = window_attention(exact[0], exact[1], exact[2], past_B, window=window, impl="reference")
     assert_close(got, want)

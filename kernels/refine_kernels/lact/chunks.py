@@ -9,8 +9,9 @@ known on the host, so that none is computed where no row reaches an end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from types import ModuleType
 from typing import Protocol
 
@@ -41,6 +42,11 @@ class Place:
     def held(self, L: int) -> list[int]:
         """The same, on the host."""
         return [n - _host_updates(n, L) * L for n in self.seen]
+
+    def of(self, rows: slice) -> Place:
+        """Where some of the rows stand."""
+        lengths_B = None if self.lengths_B is None else self.lengths_B[rows]
+        return Place(self.seen_B[rows], self.seen[rows], lengths_B, self.lengths[rows])
 
     def ends(self, L: int) -> list[int]:
         """How many chunks end in each row of this piece, each with an update; on the host."""
@@ -157,6 +163,11 @@ def read(
     """See `refine_kernels.lact.lact`. `ops` has `apply` and `update`; `sweep`, if any, takes rows that hold as many."""
     T = q_BTHK.shape[1]
     held, held_B, ends = place.held(L), place.held_B(L), place.ends(L)
+    if hasattr(ops, "sweep") and not boundaries and T >= L and min(held) < max(held):
+        return _in_runs(
+            partial(read, ops, L=L, muon=muon, joint=joint, boundaries=False),
+            q_BTHK, tokens, fast, unfinished, place, held,
+        )  # fmt: skip
     sweeps = hasattr(ops, "sweep") and T > 1 and min(held) == max(held) and (held[0] == 0 or max(ends) > 0)
     whole = tokens
     if sweeps and held[0] and unfinished is not None:
@@ -181,6 +192,50 @@ def read(
         rest = _unfinished(unfinished, tokens, held_B, last_B[:, None], L)
     end_B = held_B + (T if place.lengths_B is None else place.lengths_B)
     return LaCT(outputs_BTHV, after, rest, between if boundaries else None, tokens, unfinished, held_B, end_B, L)
+
+
+def _in_runs(
+    read_rows: Callable[..., LaCT],
+    q_BTHK: Tensor,
+    tokens: Chunk,
+    fast: FastWeights | Fresh,
+    unfinished: Chunk | None,
+    place: Place,
+    held: Sequence[int],
+) -> LaCT:
+    """Neighbouring rows that hold as many tokens read together, and the others after them."""
+    assert isinstance(fast, FastWeights) and unfinished is not None  # texts that begin all hold none
+    parts, row = [], 0
+    for _, group in groupby(held):
+        rows = slice(row, row := row + len(list(group)))
+
+        def some(x: Tensor, rows: slice = rows) -> Tensor:
+            return x[rows]
+
+        parts.append(
+            read_rows(
+                q_BTHK[rows],
+                map_chunk(some, tokens),
+                map_weights(some, fast),
+                map_chunk(some, unfinished),
+                place.of(rows),
+            )
+        )
+
+    def whole(*each: Tensor) -> Tensor:
+        return torch.cat(each)
+
+    first = parts[0]
+    return replace(
+        first,
+        outputs_BTHV=whole(*(part.outputs_BTHV for part in parts)),
+        fast=map_weights(whole, *(part.fast for part in parts)),
+        unfinished=map_chunk(whole, *(part.unfinished for part in parts)),
+        _tokens=tokens,
+        _before=unfinished,
+        _held_B=whole(*(part._held_B for part in parts)),
+        _end_B=whole(*(part._end_B for part in parts)),
+    )
 
 
 def _one_by_one(

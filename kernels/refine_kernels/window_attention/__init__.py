@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from refine_kernels.choose import Impl, choose
@@ -16,6 +18,7 @@ def window_attention(
     v_BSGD: Tensor,
     past_B: Tensor | None = None,
     *,
+    past: Sequence[int] | None = None,
     window: int | None,
     scale: float | None = None,
     packing: Packing | None = None,
@@ -29,6 +32,7 @@ def window_attention(
             are history. G divides H: consecutive H / G query heads share a key head.
         past_B: int64, how many entries of each row's history are real; they are the last ones, and the others must
             be finite. None: all of them.
+        past: the same on the host, where it is known; many queries of rows that differ are much faster with it.
         window: how many keys a query sees at most, its own included; None for all up to its own.
         scale: of the scores; None for D**-0.5.
         packing: where several texts, without history, lie one after another in one row (B = 1, S = T = M); a query sees
@@ -36,4 +40,4 @@ def window_attention(
         impl: see `refine_kernels.choose`.
     """
     ops = choose(__name__, impl, q_BTHD)
-    return ops.window_attention(q_BTHD, k_BSGD, v_BSGD, past_B, window=window, scale=scale, packing=packing)
+    return ops.window_attention(q_BTHD, k_BSGD, v_BSGD, past_B, past=past, window=window, scale=scale, packing=packing)

@@ -1,8 +1,11 @@
-"""Window attention through torch's flash attention, which takes windows; through its masked attention where rows
-differ in how much history they have.
+"""Window attention through torch's flash attention, which takes windows: rows with as much history at a time. A few
+queries go through its masked attention instead, all rows at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,7 @@ def window_attention(
     v_BSGD: Tensor,
     past_B: Tensor | None = None,
     *,
+    past: Sequence[int] | None = None,
     window: int | None,
     scale: float | None = None,
     packing: Packing | None = None,
@@ -51,6 +55,13 @@ def window_attention(
             scale=scale, window_size_left=left, window_size_right=0,
         )[0]  # fmt: skip
         return out if packing is None else out[None]
+    if T > FEW and past is not None:
+        parts, row = [], 0
+        for real, group in groupby(past):
+            rows = slice(row, row := row + len(list(group)))
+            q, k, v = q_BTHD[rows], k_BSGD[rows, S - T - real :], v_BSGD[rows, S - T - real :]
+            parts.append(window_attention(q, k, v, window=window, scale=scale))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     if T > FEW:
         return reference.window_attention(q_BTHD, k_BSGD, v_BSGD, past_B, window=window, scale=scale)
     # Query t is key S - T + t; of the keys, those before S - T - past are not real.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +20,7 @@ def window_attention(
     v_BSGD: Tensor,
     past_B: Tensor | None = None,
     *,
+    past: Sequence[int] | None = None,
     window: int | None,
     scale: float | None = None,
     packing: Packing | None = None,
