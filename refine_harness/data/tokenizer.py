@@ -153,8 +153,11 @@ def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
 def _encodings(tokenizer: Any, texts: Sequence[str]) -> list[Any]:
     """What a fast tokenizer makes of each text, on all cores at once."""
     backend = tokenizer.backend_tokenizer
-    if backend.padding is not None:  # some are saved so, and would lengthen all texts to the longest
+    # Some are saved with one of these, and would lengthen all texts to the longest, or cut them.
+    if backend.padding is not None:
         backend.no_padding()
+    if backend.truncation is not None:
+        backend.no_truncation()
     return backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
 

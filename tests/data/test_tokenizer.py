@@ -53,6 +53,16 @@ def test_texts_are_counted_once_and_in_portions(tokenizer: PreTrainedTokenizerFa
     assert all(len(portion) == 1 or sum(map(len, portion)) <= 300 for portion in portions)
 
 
+def test_a_tokenizer_that_was_saved_with_a_longest_text_cuts_nothing(tokenizer: PreTrainedTokenizerFast):
+    texts = [prose(10), "", AWKWARD]
+    ids = encode_all(tokenizer, texts)
+    cutting = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()))
+    cutting.backend_tokenizer.enable_truncation(8)
+    assert count_all(cutting, texts) == [len(expected) for expected in ids]
+    cutting.backend_tokenizer.enable_truncation(8)
+    assert [found.tolist() for found in encode_all(cutting, texts)] == [expected.tolist() for expected in ids]
+
+
 def test_a_tokenizer_that_was_saved_with_padding_pads_nothing(tokenizer: PreTrainedTokenizerFast):
     texts = [prose(10), "", AWKWARD]
     ids = encode_all(tokenizer, texts)
