@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from refine_kernels.linear_head.reference import Ahead, Known, ahead_of, attached
+from refine_kernels.linear_head.reference import Ahead, Known, ahead_of, attached, own
 from refine_kernels.runtime import ceiling, compute_dtype, why_no_triton
 
 LOGITS = 1 << 27
@@ -42,20 +42,13 @@ def linear_head(
 class _LinearHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_MD, weight_VD, labels_M, known):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # Outputs of their own: autograd marks what a function returns.
-        logprob_M, entropy_M, normaliser_M = (x.clone() for x in known[:3])
-        ctx.save_for_backward(hidden_MD, weight_VD, labels_M, normaliser_M)
-        ctx.ahead = known.ahead
-        ctx.mark_non_differentiable(entropy_M, normaliser_M)
-        return logprob_M, entropy_M, normaliser_M
+        ctx.save_for_backward(hidden_MD, weight_VD, labels_M, known.normalisers)
+        return own(ctx, known)
 
     @staticmethod
     def backward(ctx, grad_M, _entropy, _normaliser):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_MD, weight_VD, labels_M, normaliser_M = ctx.saved_tensors
         grad_M = grad_M.float().contiguous()
-        if ctx.ahead is not None:
-            dhidden_MD, dweight_VD = ctx.ahead.scaled(grad_M)
-            return dhidden_MD, None if dweight_VD is None else dweight_VD.to(weight_VD.dtype), None, None
         made = Ahead(grad_M, torch.empty_like(hidden_MD), torch.zeros_like(weight_VD, dtype=torch.float32))
         for rows in _pieces(hidden_MD, weight_VD):
             _carry(made, rows, _logits(hidden_MD[rows], weight_VD), hidden_MD, weight_VD, labels_M, normaliser_M)

@@ -67,30 +67,48 @@ def attached(
     known: Known | None,
     ahead: Ahead | None,
 ) -> Known:
-    """What is known, or is found out now, with the autograd function `head` between it and its inputs."""
+    """What is known, or is found out now, between its inputs and whatever is made of it.
+
+    head: the autograd function whose backward makes the gradients where they were not made ahead.
+    """
     if known is None:
         with torch.no_grad():
             known = rated(hidden_MD, weight_VD, labels_M, ahead)
-    return Known(*head.apply(hidden_MD, weight_VD, labels_M, known), ahead=known.ahead)
+    if known.ahead is None:
+        return Known(*head.apply(hidden_MD, weight_VD, labels_M, known))
+    outputs: Any = _MadeAhead.apply(hidden_MD, weight_VD, known)
+    return Known(*outputs, ahead=known.ahead)
+
+
+class _MadeAhead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_MD: Tensor, weight_VD: Tensor, known: Known) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.ahead, ctx.dtype = known.ahead, weight_VD.dtype
+        return own(ctx, known)
+
+    @staticmethod
+    def backward(ctx, grad_M: Tensor, _entropy: Tensor, _normaliser: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_hidden, grad_weight = ctx.ahead.scaled(grad_M)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.dtype), None
+
+
+def own(ctx: Any, known: Known) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of an autograd function, which marks what it returns."""
+    logprob_M, entropy_M, normaliser_M = (x.clone() for x in known[:3])
+    ctx.mark_non_differentiable(entropy_M, normaliser_M)
+    return logprob_M, entropy_M, normaliser_M
 
 
 class _LinearHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, known: Known) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # Outputs of their own: autograd marks what a function returns.
-        logprob_M, entropy_M, normaliser_M = (x.clone() for x in known[:3])
-        ctx.save_for_backward(hidden_MD, weight_VD, labels_M, normaliser_M)
-        ctx.ahead = known.ahead
-        ctx.mark_non_differentiable(entropy_M, normaliser_M)
-        return logprob_M, entropy_M, normaliser_M
+        ctx.save_for_backward(hidden_MD, weight_VD, labels_M, known.normalisers)
+        return own(ctx, known)
 
     @staticmethod
     def backward(ctx, grad_M: Tensor, _entropy: Tensor, _normaliser: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_MD, weight_VD, labels_M, normaliser_M = ctx.saved_tensors
         wide = normaliser_M.dtype
-        if ctx.ahead is not None:
-            grad_hidden, grad_weight = ctx.ahead.scaled(grad_M)
-            return grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype), None, None
         grad_hidden = torch.empty_like(hidden_MD)
         grad_weight = torch.zeros_like(weight_VD, dtype=wide)
         for rows in _pieces(hidden_MD.shape[0], weight_VD.shape[0]):
