@@ -3,7 +3,7 @@
 import pytest
 import torch
 from refine_kernels import replay
-from refine_kernels.testing import relative_error
+from refine_kernels.testing import MODEL_TOLERANCE, relative_error
 
 from refine_harness.algorithm import refine_step
 from refine_harness.config import Algorithm
@@ -59,6 +59,23 @@ def test_replayed_is_run(model, monkeypatch):
     monkeypatch.setattr(decode, "_recordable", lambda *_: False)
     for seed, grads in zip((1, 2), got, strict=True):
         same(model, grads, gradients(model, loss(model, seed)))
+
+
+def test_documents_of_different_length_are_each_alone(model):
+    """The third time, which replays what the second one recorded."""
+    text, lengths = document(5).tokens_BT, torch.tensor([700, 190])
+    together = Batch(text, lengths.to("cuda"))
+    alone = [Batch(text[b : b + 1, :n], torch.tensor([n], device="cuda")) for b, n in enumerate(lengths.tolist())]
+
+    def next_token_gradients(*batches):
+        return gradients(model, *(refine_step(model, batch, Algorithm(lambda_rl=0.0), []).ntp_sum for batch in batches))
+
+    for _ in range(3):
+        got = next_token_gradients(together)
+    want = next_token_gradients(*alone)
+    flat, wanted = (torch.cat([grads[name].flatten().float() for name in want]) for grads in (got, want))
+    table = "bfloat16, Muon" if isinstance(model, LaCTForCausalLM) else "bfloat16"
+    assert relative_error(flat, wanted) < MODEL_TOLERANCE[table]["gradient"]
 
 
 def test_a_step_before_the_backward_of_another_runs_without_the_recording(model):
