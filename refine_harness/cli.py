@@ -609,4 +609,11 @@ def _yaml_value(value: Any) -> str:
 
 def main() -> None:
     """The `refine` console script."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if not end.code and "torch" in sys.modules:
+            from refine_harness.training.group import leave_group
+
+            leave_group()
+        raise

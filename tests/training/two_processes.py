@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import Lab
 
 from refine_harness.data.stream import rank_positions
+from refine_harness.training.group import leave_group
 from refine_harness.training.trainer import Trainer
 
 
@@ -33,8 +34,8 @@ def train(rank: int, out: Path) -> None:
     losses = torch.tensor([[report.loss, report.gradient_norm, report.tokens] for report in reports])
     facts = torch.tensor([[report.facts["reward"], report.facts["ratio_max"]] for report in reports])
     save_file(lab.weights(trainer.model) | {"losses": losses, "facts": facts}, out / f"{trainer.rank}.safetensors")
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     train(int(sys.argv[1]), Path(sys.argv[2]))
+    leave_group()
