@@ -8,6 +8,7 @@ torch's own `make_graphed_callables`. Where a graph cannot be used the piece sim
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -77,7 +78,9 @@ class _Recording:
             given, parameters = tensors[: len(samples)], tensors[len(samples) :]
             return torch.func.functional_call(of_model, dict(zip(names, parameters, strict=True)), given)
 
-        with autocast_without_cache(inputs[0].device.type):
+        with autocast_without_cache(inputs[0].device.type), warnings.catch_warnings():
+            # torch keeps its last plain run while it records on another stream; nothing is accumulated on either.
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match", UserWarning)
             self._call: Any = torch.cuda.make_graphed_callables(
                 call, (*samples, *stand_ins), num_warmup_iters=WARM_UP, allow_unused_input=True
             )

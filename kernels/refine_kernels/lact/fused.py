@@ -72,7 +72,7 @@ def sweep(
 
     tokens: from the start of the first chunk; the first `held` of them, at most L, were read before and have no query.
     ends: how many chunks end in each row, each with an update.
-    lengths: real queries of each row; outputs of the others are zeros where no chunk of the row has them.
+    lengths: real queries of each row; outputs of the others have no meaning.
 
     The last result is `chunks.Boundaries`.
     """
