@@ -240,7 +240,8 @@ class Answerer:
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> _Read:
         """The state after each prompt and the logits of what comes next. Equal prompts have the same row."""
-        tree = share([as_tokens(prompt) for prompt in prompts], forks=self.model.fixed_state)
+        texts = [as_tokens(prompt) for prompt in prompts]
+        tree = share(texts, forks=self.model.fixed_state, every=self.model.alike_every)
         wanted = set(tree.ends)
         self.reads += len(wanted)
         ended: list[tuple[State, Tensor]] = []

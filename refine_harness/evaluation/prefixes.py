@@ -96,10 +96,12 @@ def families(texts: Sequence[Tokens], at_least: int = AT_LEAST) -> list[list[int
     return sorted(found, key=lambda family: (-max(len(texts[i]) for i in family), min(family)))
 
 
-def share(texts: Sequence[Tokens], *, at_least: int = AT_LEAST, forks: bool = True) -> Tree:
+def share(texts: Sequence[Tokens], *, at_least: int = AT_LEAST, forks: bool = True, every: int = 1) -> Tree:
     """A tree for texts of at least one token each. Equal texts are one.
 
     forks: whether several states may be taken from one reading (`marks`); otherwise a stretch has only its end.
+    every: beginnings that are so long are shared up to a multiple of it. Rows that go on from such places can be read
+        together faster by a model that works in chunks.
     """
     order = alphabetical(texts)
     distinct: list[int] = []
@@ -109,7 +111,7 @@ def share(texts: Sequence[Tokens], *, at_least: int = AT_LEAST, forks: bool = Tr
             distinct.append(i)
         leaf_of[i] = len(distinct) - 1
     leaves = [texts[i] for i in distinct]
-    root = _nodes(leaves, at_least)
+    root = _nodes(leaves, at_least, every)
     flat = sum(map(len, leaves))
     if (flat - root.cost(leaves)) * WORTH < flat:
         root = _Node(0, 0, leaves=list(range(len(leaves))))
@@ -142,9 +144,9 @@ class _Node:
         return total
 
 
-def _nodes(leaves: Sequence[Tokens], at_least: int) -> _Node:
+def _nodes(leaves: Sequence[Tokens], at_least: int, every: int) -> _Node:
     """The tree of common beginnings of leaves in alphabetical order; a child is `at_least` longer than its parent."""
-    shared = [common(a, b) for a, b in pairwise(leaves)]
+    shared = [n if n < every else n - n % every for n in (common(a, b) for a, b in pairwise(leaves))]
     root = _Node(0, 0)
     made = [root]
     rest = [(root, 0, len(leaves))]

@@ -199,6 +199,9 @@ class FastWeightLM(PreTrainedModel):
     fixed_state: bool = True
     """Whether a state's shapes are the same after any text; a subclass or a model of which that is not true says so."""
 
+    alike_every: int = 1
+    """Rows that have read different multiples of so many tokens are read on together as fast as rows that began."""
+
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any]
 

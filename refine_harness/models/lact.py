@@ -522,6 +522,7 @@ class LaCTForCausalLM(CausalLM):
     def __init__(self, config: LaCTSWIGLUConfig):
         check_config(config)
         super().__init__(config)
+        self.alike_every = config.lact_chunk_size
 
     def make_block(self, config: LaCTSWIGLUConfig, index: int) -> FastWeightLayer:
         return Block(config, LaCTMixer(config))

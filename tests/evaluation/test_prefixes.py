@@ -33,11 +33,12 @@ def text_at(tree: Tree, place: prefixes.Place | None) -> list[int]:
 
 @pytest.mark.parametrize("forks", (True, False))
 @pytest.mark.parametrize("at_least", (1, 4))
+@pytest.mark.parametrize("every", (1, 5))
 @pytest.mark.parametrize("seed", range(8))
-def test_every_text_is_what_lies_on_the_way_to_its_end(seed, at_least, forks, monkeypatch):
+def test_every_text_is_what_lies_on_the_way_to_its_end(seed, every, at_least, forks, monkeypatch):
     monkeypatch.setattr(prefixes, "WORTH", 10**9)
     texts = random_texts(seed)
-    tree = share(texts, at_least=at_least, forks=forks)
+    tree = share(texts, at_least=at_least, forks=forks, every=every)
     assert [text_at(tree, end) for end in tree.ends] == [text.tolist() for text in texts]
     wanted = {stretch.source for stretch in tree.stretches} | set(tree.ends)
     for i, stretch in enumerate(tree.stretches):
@@ -50,7 +51,7 @@ def test_every_text_is_what_lies_on_the_way_to_its_end(seed, at_least, forks, mo
     distinct = {tuple(text[: n + 1].tolist()) for text in texts for n in range(len(text))}
     flat = sum(len(text) for text in {tuple(text.tolist()) for text in texts})
     assert len(distinct) <= tree.tokens <= flat
-    if at_least == 1:
+    if at_least == every == 1:
         assert tree.tokens == len(distinct), "every token once for every different beginning"
 
 
@@ -63,6 +64,14 @@ def test_needles_in_one_haystack_share_it_in_a_single_reading():
     assert tree.tokens == 800 + sum(1002 - min(depth, 800) for depth in range(100, 1000, 100))
     assert len(list(tree.waves)) == 2
     assert len(list(share(texts, forks=False).waves)) == 9
+
+
+def test_long_beginnings_end_where_chunks_do():
+    hay = list(range(100, 1100))
+    texts = [as_tokens([*hay[:depth], 7, i, *hay[depth:]]) for i, depth in enumerate(range(100, 1000, 100))]
+    tree = share(texts, every=256)
+    assert {stretch.source and stretch.source[1] for stretch in tree.stretches} == {None, 100, 200, 512, 768}
+    assert tree.tokens < sum(map(len, texts))
 
 
 def test_questions_about_a_document_are_one_wave_after_it():
