@@ -14,11 +14,12 @@ however fast the memory fades. Without decay every exponential is 1 and is left 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from refine_kernels.lookup import Tap, tapped
 from refine_kernels.packing import Packing
@@ -64,18 +65,58 @@ def delta_rule(
     boundaries: bool = False,
     packing: Packing | None = None,
 ) -> DeltaRule:
-    """See `refine_kernels.delta_rule.delta_rule`. Packed texts are computed as padded rows."""
-    if packing is not None:  # with beta = g = 0 where there is no token, which changes nothing
-        q_BTGK, k_BTGK, v_BTHV, beta_BTH = (packing.spread(x) for x in (q_BTGK, k_BTGK, v_BTHV, beta_BTH))
-        g_BTH = None if g_BTH is None else packing.spread(g_BTH)
+    """See `refine_kernels.delta_rule.delta_rule`."""
+    H = v_BTHV.shape[2]
+    inputs = _each_head(q_BTGK, H), _each_head(k_BTGK, H), v_BTHV, beta_BTH, g_BTH
+    if v_BTHV.shape[1] == 1 and not boundaries:
+        return _one_token(*inputs, state_BHKV, scale)
+    if packing is None:
+        L = min(CHUNK, v_BTHV.shape[1])
+        o_BTHV, after_BHKV, grid_BNHKV = _in_chunks(*inputs, state_BHKV, scale, L)
+    else:
+        L = min(CHUNK, packing.T)
+        o_BTHV, after_BHKV, grid_BNHKV = _packed(inputs, state_BHKV, scale, L, packing)
+    return DeltaRule(o_BTHV, after_BHKV, tapped(grid_BNHKV)[1] if boundaries else None, L)
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""Queries, keys, values, beta and g, all with as many heads."""
+
+
+def _packed(
+    inputs: Inputs, state_BHKV: Tensor | None, scale: float | None, L: int, packing: Packing
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Texts that have as many chunks as rows, made full with beta = g = 0, which changes nothing."""
+    of_count: dict[int, list[int]] = {}
+    for text, length in enumerate(packing.lengths):
+        of_count.setdefault(-(-length // L), []).append(text)
+    texts = [None if x is None else x[0].split(packing.lengths) for x in inputs]
+    parts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for group in of_count.values():
+        rows = [None if x is None else pad_sequence([x[text] for text in group], batch_first=True) for x in texts]
+        started = None if state_BHKV is None else torch.stack([state_BHKV[text] for text in group])
+        made = _in_chunks(*cast(Inputs, rows), started, scale, L)
+        for text, o_THV, after_HKV, grid_NHKV in zip(group, *made, strict=True):
+            parts[text] = o_THV[: packing.lengths[text]], after_HKV, grid_NHKV
+    outputs, after, grids = zip(*(parts[text] for text in range(len(parts))), strict=True)
+    return torch.cat(outputs)[None], torch.stack(after), torch.cat(grids)[None]
+
+
+def _in_chunks(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    beta_BTH: Tensor,
+    g_BTH: Tensor | None,
+    state_BHKV: Tensor | None,
+    scale: float | None,
+    L: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs, the state at the end, and the states before each chunk, [B, N, H, K, V]."""
     B, T, H, V = v_BTHV.shape
-    K = k_BTGK.shape[-1]
-    wide = torch.float64 if q_BTGK.dtype == torch.float64 else torch.float32
-    q_BTHK, k_BTHK = _each_head(q_BTGK, H), _each_head(k_BTGK, H)
-    if T == 1 and not boundaries and packing is None:
-        return _one_token(q_BTHK, k_BTHK, v_BTHV, beta_BTH, state_BHKV, g_BTH, scale)
+    K = k_BTHK.shape[-1]
+    wide = torch.float64 if q_BTHK.dtype == torch.float64 else torch.float32
     scaled = K**-0.5 if scale is None else scale
-    L = min(CHUNK, T)
     N = -(-T // L)
 
     def chunked(x_BTH_: Tensor) -> Tensor:
@@ -83,7 +124,7 @@ def delta_rule(
         x = F.pad(x_BTH_.to(wide), (0, 0, 0, 0, 0, N * L - T))
         return x.view(B, N, L, H, -1).permute(0, 3, 1, 2, 4).reshape(B * H, N, L, -1)
 
-    with torch.autocast(q_BTGK.device.type, enabled=False):
+    with torch.autocast(q_BTHK.device.type, enabled=False):
         q, k, v, beta = chunked(q_BTHK), chunked(k_BTHK), chunked(v_BTHV), chunked(beta_BTH[..., None])
         decay = None if g_BTH is None else _decay(chunked(g_BTH[..., None]))
         k_beta, v_beta = k * beta, v * beta
@@ -112,11 +153,7 @@ def delta_rule(
         states = torch.stack(before, 1)
         o = scaled * (q @ states + torch.tril(inside) @ torch.stack(written, 1))
         o_BTHV = o.view(B, H, N * L, V).transpose(1, 2)[:, :T].to(v_BTHV.dtype)
-        grid_BNHKV = states.view(B, H, N, K, V).transpose(1, 2)
-        if packing is not None:
-            text, chunk = packing.pieces(L).index_N2.unbind(1)
-            o_BTHV, grid_BNHKV = packing.pack(o_BTHV), grid_BNHKV[text, chunk][None]
-    return DeltaRule(o_BTHV, S.view(B, H, K, V), tapped(grid_BNHKV)[1] if boundaries else None, L)
+    return o_BTHV, S.view(B, H, K, V), states.view(B, H, N, K, V).transpose(1, 2)
 
 
 def _decay(g: Tensor) -> _Decay:
@@ -139,8 +176,8 @@ def _one_token(
     k_B1HK: Tensor,
     v_B1HV: Tensor,
     beta_B1H: Tensor,
-    state_BHKV: Tensor | None,
     g_B1H: Tensor | None,
+    state_BHKV: Tensor | None,
     scale: float | None,
 ) -> DeltaRule:
     """The definition itself, for decoding."""
