@@ -35,6 +35,7 @@ from refine_harness.errors import ModelError, RunError
 from refine_harness.training.trainer import TrainState
 
 FINAL = "final"
+RUN = "run.json"
 _STEP = re.compile(r"step-(\d+)")
 _UNFINISHED = ".tmp-"
 _STATE = "train_state.json"
@@ -158,28 +159,40 @@ def claim_run_folder(run: str | Path, fingerprint: dict[str, Any]) -> bool:
     wanted = json.loads(json.dumps(fingerprint))
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if (run / "run.json").exists():
-            _require_same(run, wanted)
-            probe = run / f"probe{_UNFINISHED}{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-            return True
-        foreign = sorted(entry.name for entry in run.iterdir() if _UNFINISHED not in entry.name)
-        if foreign:
+        there = sorted(entry.name for entry in run.iterdir() if _UNFINISHED not in entry.name)
+        if there and RUN not in there:
             raise RunError(
-                f"{run} holds other files ({foreign[0]}) and no run. Choose another --out, or empty the folder."
+                f"{run} holds other files ({there[0]}) and no run. Choose another --out, or empty the folder."
             )
-        _write_json(run / "run.json", {"fingerprint": wanted})
+        draft = run / f"{RUN}{_UNFINISHED}{os.getpid()}"
+        _write_json(draft, {"fingerprint": wanted})
+        try:
+            if RUN not in there and _named_first(draft, run / RUN):
+                return False
+        finally:
+            draft.unlink(missing_ok=True)
+        _require_same(run, wanted)
+        return True
     except OSError as error:
         raise RunError(f"{run} cannot be written ({_reason(error)}). Choose another --out.") from None
-    return False
+
+
+def _named_first(draft: Path, path: Path) -> bool:
+    """Give a file its name, unless another process has given it to one of its own."""
+    try:
+        os.link(draft, path)  # which fails where there is one, unlike renaming
+    except FileExistsError:
+        return False
+    except OSError:  # a file system where files have no second names
+        os.replace(draft, path)
+    return True
 
 
 def _require_same(run: Path, wanted: dict[str, Any]) -> None:
     try:
-        found = json.loads((run / "run.json").read_text(encoding="utf-8"))["fingerprint"]
+        found = json.loads((run / RUN).read_text(encoding="utf-8"))["fingerprint"]
     except (ValueError, KeyError, TypeError):
-        raise RunError(f"{run / 'run.json'} is not readable as a run. Choose another --out, or delete {run}.") from None
+        raise RunError(f"{run / RUN} is not readable as a run. Choose another --out, or delete {run}.") from None
     theirs, ours = _flat(found), _flat(wanted)
     differing = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     if differing:

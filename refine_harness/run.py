@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -204,10 +205,10 @@ def _train(
     first = trainer.accelerator.is_main_process
     before = trainer.done.optimizer_steps
     tick = progress.task(title, trainer.planned_steps, before)
-    with Metrics(out, done=before) as metrics:
+    with Metrics(out, done=before) if first else nullcontext() as metrics:
         for report in training_steps(trainer, data):
             tick(report.step, report.steps, **step_facts(report))
-            if first:
+            if metrics is not None:
                 metrics.write(report)
             if first and trainer.checkpoint_due and not trainer.finished:
                 state = trainer.state()

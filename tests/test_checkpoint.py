@@ -269,6 +269,32 @@ def test_the_folder_of_another_run_is_refused(tmp_path):
         claim_run_folder(tmp_path / "run", {"config": fingerprint()["config"]})
 
 
+def test_of_two_processes_that_claim_a_folder_at_once_one_is_first(tmp_path, monkeypatch):
+    def link_after_another(draft, target):
+        target.write_text(json.dumps({"fingerprint": json.loads(json.dumps(theirs))}))
+        raise FileExistsError
+
+    monkeypatch.setattr("refine_harness.checkpoint.os.link", link_after_another)
+    theirs = fingerprint()
+    assert claim_run_folder(tmp_path / "same", fingerprint()) is True
+    theirs = fingerprint(stage="post")
+    with pytest.raises(RunError, match="stage is 'post' there and 'mid' here"):
+        claim_run_folder(tmp_path / "other", fingerprint())
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["run.json"]
+
+
+def test_a_folder_is_claimed_where_files_cannot_have_two_names(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError("not supported")
+
+    monkeypatch.setattr("refine_harness.checkpoint.os.link", no_links)
+    assert claim_run_folder(tmp_path, fingerprint()) is False
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    with pytest.raises(RunError, match="stage is 'mid' there and 'post' here"):
+        claim_run_folder(tmp_path, fingerprint(stage="post"))
+    assert claim_run_folder(tmp_path, fingerprint()) is True
+
+
 def test_foreign_files_are_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(RunError, match=r"thesis\.tex"):

@@ -6,9 +6,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +204,8 @@ def test_an_experiment_builds_examples_once_or_again_after_training_where_they_a
     assert first.evaluation.data_sha256 == second.evaluation.data_sha256
 
 
-def started(arguments: list[str], **more: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def started(arguments: list[str], environment: Mapping[str, str] = {}, **more: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         [sys.executable, "-m", "refine_harness", *arguments],
         stdout=subprocess.PIPE,
@@ -234,6 +236,36 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(home: 
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 151))
     assert not any(out.glob("step-*"))
+
+
+def test_two_processes_train_and_score_what_one_does(home: Path, tmp_path: Path) -> None:
+    settings = [*TASKS, "dtype=float64"]
+    did(*mid(home, tmp_path / "one", *settings))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        started(
+            mid(home, tmp_path / "two", *settings),
+            {**group, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
+        )
+        for rank in "01"
+    ]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    alone, together = (weights(tmp_path / name) for name in ("one", "two"))
+    assert alone.keys() == together.keys()
+    for name, x in alone.items():
+        torch.testing.assert_close(together[name], x, rtol=1e-9, atol=1e-12)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len(lines[0]) == len(lines[1]) == 4
+    [one], [two] = (read_records(tmp_path / name / "records") for name in ("one", "two"))
+    assert [(score.task, score.n) for score in two.scores] == [(score.task, score.n) for score in one.scores]
 
 
 def test_an_experiment_goes_on_where_it_was_killed_and_makes_its_page(home: Path, tmp_path: Path) -> None:
