@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -93,7 +92,8 @@ def train(
         record = None
         if benchmarks is not None:
             record = _score(made, benchmarks, out, out / "records", name or out.name, name, progress, argv, "score")
-    print(made.model)
+    if _is_first():
+        print(made.model)
     if record is not None:
         _show([record])
     return None
@@ -118,13 +118,14 @@ def evaluate(
         record = _score(
             made, benchmarks, out, out / "records", name or out.name, name, progress, argv, "score", test_time
         )
-    _show([record])
+    if record is not None:
+        _show([record])
 
 
 def experiment(config: Experiment, out: Path | None, argv: Sequence[str]) -> None:
     """`refine run`: every run of an experiment in turn, then the page. Raises RefineError."""
     out = out or Path(config.out or f"runs/{config.name}")
-    records = []
+    records, page = [], None
     with Progress() as progress:
         folders = [_scores_folder(out / run.name, config.evaluation, _test_time(run)) for run in config.runs]
         benchmarks = _benchmarks(config.evaluation, config.model, progress, folders)
@@ -132,10 +133,13 @@ def experiment(config: Experiment, out: Path | None, argv: Sequence[str]) -> Non
         made: dict[str | None, Made] = {None: _made_before(config.model)}
         for number, run in enumerate(config.runs, start=1):
             title = f"{number}/{len(config.runs)} {run.label or run.name}"
-            records.append(_one_run(run, made, benchmarks, out, progress, argv, title))
-            page = leaderboard.build([out / "records"], out / "page")
-    _show(records)
-    print(f"\nThe page, for any browser: {page.resolve()}")
+            record = _one_run(run, made, benchmarks, out, progress, argv, title)
+            if record is not None:
+                records.append(record)
+                page = leaderboard.build([out / "records"], out / "page")
+    if page is not None:
+        _show(records)
+        print(f"\nThe page, for any browser: {page.resolve()}")
 
 
 def _one_run(
@@ -146,7 +150,7 @@ def _one_run(
     progress: Progress,
     argv: Sequence[str],
     title: str,
-) -> ScoreRecord:
+) -> ScoreRecord | None:
     parent, folder, config, test_time = made[run.parent], out / run.name, run.training, _test_time(run)
     if config is not None and test_time is None:
         made[run.name] = _train(run.stage, parent.model, folder, config, progress, f"{title}: training", benchmarks)
@@ -243,8 +247,11 @@ def _score(
     argv: Sequence[str],
     title: str,
     test_time: TestTimeConfig | None = None,
-) -> ScoreRecord:
-    """Score a checkpoint, or see that it is done; the record, written to `records`."""
+) -> ScoreRecord | None:
+    """Score a checkpoint, or see that it is done; the record, written to `records`.
+
+    None in a process beside the first of several, which has the record and writes it.
+    """
     evaluation = benchmarks.evaluation
     folder = _scores_folder(out, evaluation, test_time)
     if (done := _record_in(folder)) is not None:
@@ -274,10 +281,9 @@ def _score(
         cache_dir=folder / "answers",
         progress=progress.task(title),
     )
-    if record is None:  # a process beside the first, which has the record and writes it
-        sys.exit(0)
-    write_record(record, records)
-    write_record(record, folder)
+    if record is not None:
+        write_record(record, records)
+        write_record(record, folder)
     return record
 
 
@@ -295,6 +301,11 @@ def _record_in(folder: Path) -> Path | None:
 
 def _test_time(run: Run) -> TestTimeConfig | None:
     return run.training if isinstance(run.training, TestTimeConfig) else None
+
+
+def _is_first() -> bool:
+    """Whether this process is the first of several, as torchrun and accelerate number them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def describe(config: TrainConfig) -> str:

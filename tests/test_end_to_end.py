@@ -238,26 +238,29 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(home: 
     assert not any(out.glob("step-*"))
 
 
-def test_two_processes_train_and_score_what_one_does(home: Path, tmp_path: Path) -> None:
-    settings = [*TASKS, "dtype=float64"]
-    did(*mid(home, tmp_path / "one", *settings))
+def in_two_processes(arguments: list[str]) -> list[str]:
+    """What each of them prints."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
-        started(
-            mid(home, tmp_path / "two", *settings),
-            {**group, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"},
-        )
-        for rank in "01"
+        started(arguments, {**group, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}) for rank in "01"
     ]
     try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
+        said = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
+    return [printed for printed, _ in said]
+
+
+def test_two_processes_train_and_score_what_one_does(home: Path, tmp_path: Path) -> None:
+    settings = [*TASKS, "dtype=float64"]
+    did(*mid(home, tmp_path / "one", *settings))
+    first, second = in_two_processes(mid(home, tmp_path / "two", *settings))
+    assert "two/final" in first and not second
     alone, together = (weights(tmp_path / name) for name in ("one", "two"))
     assert alone.keys() == together.keys()
     for name, x in alone.items():
@@ -268,7 +271,8 @@ def test_two_processes_train_and_score_what_one_does(home: Path, tmp_path: Path)
     assert [(score.task, score.n) for score in two.scores] == [(score.task, score.n) for score in one.scores]
 
 
-def test_an_experiment_goes_on_where_it_was_killed_and_makes_its_page(home: Path, tmp_path: Path) -> None:
+def tiny_experiment(home: Path, folder: Path) -> list[str]:
+    """The command for an experiment of three runs."""
     settings = {
         "steps": 2,
         "batch": {"sequences": 2, "steps": 1},
@@ -285,8 +289,18 @@ def test_an_experiment_goes_on_where_it_was_killed_and_makes_its_page(home: Path
             {"name": "ttt", "stage": "test-time", "parent": "mid", "config": {"steps": 1}},
         ],
     }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(experiment))
-    arguments = ["run", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out")]
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(experiment))
+    return ["run", str(folder / "tiny.yaml"), "--out", str(folder / "out")]
+
+
+def test_two_processes_go_through_an_experiment_together(home: Path, tmp_path: Path) -> None:
+    first, second = in_two_processes(tiny_experiment(home, tmp_path))
+    assert "The page" in first and not second
+    assert sorted(record.name for record in read_records(tmp_path / "out" / "records")) == ["base", "mid", "ttt"]
+
+
+def test_an_experiment_goes_on_where_it_was_killed_and_makes_its_page(home: Path, tmp_path: Path) -> None:
+    arguments = tiny_experiment(home, tmp_path)
     process = started(arguments)
     deadline = time.monotonic() + 120
     while not any((tmp_path / "out" / "records").glob("*.json")) and time.monotonic() < deadline:
