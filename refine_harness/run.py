@@ -84,7 +84,7 @@ def train(
     if isinstance(config, TestTimeConfig):
         assert evaluation is not None, "the command line asks for tasks"
         return evaluate(model, out, evaluation, "refine-ttt", config, name, argv)
-    with Progress() as progress:
+    with _progress() as progress:
         benchmarks = None
         if evaluation is not None:
             benchmarks = _benchmarks(evaluation, model, progress, [_scores_folder(out, evaluation)])
@@ -111,7 +111,7 @@ def evaluate(
     """`refine eval`, and `refine train --stage test-time`. Raises RefineError for whatever the user can put right."""
     if backend == "refine-ttt" and test_time is None:
         test_time = TestTimeConfig()
-    with Progress() as progress:
+    with _progress() as progress:
         benchmarks = _benchmarks(evaluation, model, progress, [_scores_folder(out, evaluation, test_time)])
         made = _made_before(model)
         claim_run_folder(out, {"kind": "evaluation", "model": _weights(model)})
@@ -126,7 +126,7 @@ def experiment(config: Experiment, out: Path | None, argv: Sequence[str]) -> Non
     """`refine run`: every run of an experiment in turn, then the page. Raises RefineError."""
     out = out or Path(config.out or f"runs/{config.name}")
     records, page = [], None
-    with Progress() as progress:
+    with _progress() as progress:
         folders = [_scores_folder(out / run.name, config.evaluation, _test_time(run)) for run in config.runs]
         benchmarks = _benchmarks(config.evaluation, config.model, progress, folders)
         claim_run_folder(out, {"kind": "experiment", "experiment": config.name, "model": _weights(config.model)})
@@ -301,6 +301,11 @@ def _record_in(folder: Path) -> Path | None:
 
 def _test_time(run: Run) -> TestTimeConfig | None:
     return run.training if isinstance(run.training, TestTimeConfig) else None
+
+
+def _progress() -> Progress:
+    """Lines of how far it is, by the first of several processes alone."""
+    return Progress(Console(stderr=True, quiet=not _is_first()))
 
 
 def _is_first() -> bool:

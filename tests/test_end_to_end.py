@@ -239,7 +239,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(home: 
 
 
 def in_two_processes(arguments: list[str]) -> list[str]:
-    """What each of them prints."""
+    """What each of them prints; the first alone says how far it is."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -253,6 +253,7 @@ def in_two_processes(arguments: list[str]) -> list[str]:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
+    assert "so far" in said[0][1] and "so far" not in said[1][1]
     return [printed for printed, _ in said]
 
 
