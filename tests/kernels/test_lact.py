@@ -295,3 +295,17 @@ def test_what_the_kernels_cannot_do_is_said_where_they_are_forced(options, why, 
     q, tokens = text(L, **options)
     with pytest.raises(ImplementationError, match=why):
         read(q, tokens, fast, **options)
+
+
+def test_no_row_is_computed_for_the_sake_of_another(monkeypatch):
+    _, fast = start()
+    q, tokens = text(13)
+    applied, updated = [], []
+    ops = sys.modules["refine_kernels.lact.reference"]
+    monkeypatch.setattr(ops, "apply", lambda weights, x: applied.append(x.shape[:2].numel()) or apply(weights, x))
+    monkeypatch.setattr(
+        ops, "update", lambda fast, *rest, **how: updated.append(len(fast.norms[0])) or update(fast, *rest, **how)
+    )
+    read(q, tokens, fast, lengths=(13, 6, 5))
+    assert updated == [2, 1]
+    assert applied == [3 * L, 2 * L, 3]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refine_kernels.lact.reference import Chunk, FastWeights, Fresh, map_chunk, map_weights
+from refine_kernels.lact.reference import Chunk, FastWeights, Fresh, Weights, map_chunk, map_weights
 
 
 @dataclass(frozen=True)
@@ -254,24 +254,51 @@ def _one_by_one(
     joint: bool,
     boundaries: bool,
 ) -> tuple[Tensor, FastWeights, Boundaries]:
-    """Outputs, the weights at the end, and `LaCT.boundaries`, chunk by chunk, wherever the rows stand."""
+    """Outputs, the weights at the end, and `LaCT.boundaries`, chunk by chunk, wherever the rows stand.
+
+    Only rows that have tokens of a chunk read it, and only rows that end it are updated.
+    """
+
+    def update(fast: FastWeights, chunk: Chunk) -> FastWeights:
+        return ops.update(fast, chunk, muon=muon, joint=joint)
+
     T = q_BTHK.shape[1]
     weights, pieces = [fast], []
     for g in range(max(ends) + 1):
         start, stop = max(g * L - max(held), 0), T if g == max(ends) else max((g + 1) * L - min(held), 0)
         if stop > start:
-            pieces.append((g, start, ops.apply(fast.weights, q_BTHK[:, start:stop])))
+            reach = [h + n > g * L for h, n in zip(held, place.lengths, strict=True)]
+            pieces.append((g, start, _applied(ops.apply, fast.weights, q_BTHK[:, start:stop], reach)))
         if g == max(ends):
             break
         chunk = _chunk(unfinished, tokens, held, held_B, g, L)
-        after = ops.update(fast, chunk, muon=muon, joint=joint)
-        if min(ends) <= g:
-            real_B = T if place.lengths_B is None else place.lengths_B
-            after = _where(_updates(held_B + real_B, L) > g, after, fast)
-        fast = after
+        fast = _updated(update, fast, chunk, [n > g for n in ends])
         if boundaries:
             weights.append(fast)
     return _together(pieces, held, held_B, T, L), fast, _Listed(weights, ops.apply)
+
+
+def _applied(apply: Callable[..., Tensor], weights: Weights, q_BTHK: Tensor, which: Sequence[bool]) -> Tensor:
+    """f of the queries of some rows; zeros for the others."""
+    if all(which):
+        return apply(weights, q_BTHK)
+    rows = _rows(which, q_BTHK)
+    o_RTHV = apply(tuple(w[rows] for w in weights), q_BTHK[rows])
+    return o_RTHV.new_zeros(len(which), *o_RTHV.shape[1:]).index_copy(0, rows, o_RTHV)
+
+
+def _updated(update: Callable[..., FastWeights], fast: FastWeights, chunk: Chunk, which: Sequence[bool]) -> FastWeights:
+    """The weights of some rows after a chunk, and those of the others as they were."""
+    if all(which):
+        return update(fast, chunk)
+    rows = _rows(which, chunk.k_BLHK)
+    after = update(map_weights(lambda x: x[rows], fast), map_chunk(lambda x: x[rows], chunk))
+    return map_weights(lambda old, new: old.index_copy(0, rows, new), fast, after)
+
+
+def _rows(which: Sequence[bool], x: Tensor) -> Tensor:
+    """Indices, where x is."""
+    return torch.tensor([row for row, here in enumerate(which) if here], device=x.device)
 
 
 def _host_updates(tokens: int, L: int) -> int:
@@ -348,10 +375,6 @@ def _together(pieces: Sequence[tuple[int, int, Tensor]], held: Sequence[int], he
         outputs_BTHV = o_BTHV if outputs_BTHV is None else torch.where(_like(chunk_BT >= g, o), o_BTHV, outputs_BTHV)
     assert outputs_BTHV is not None
     return outputs_BTHV
-
-
-def _where(mask_B: Tensor, new: FastWeights, old: FastWeights) -> FastWeights:
-    return map_weights(lambda x, y: torch.where(_like(mask_B, x), x, y), new, old)
 
 
 def _chosen(updates_BC: Tensor, *boundaries: Tensor) -> Tensor:
