@@ -58,10 +58,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args()
+    if not asked.layers and asked.shape in SHAPES:
+        asked.layers = SHAPES[asked.shape]["num_hidden_layers"]
     rows: list[Row] = []
-    if asked.shape == "deltanet-1b":  # the only one of the shapes that stock fla has
-        layers = asked.layers or SHAPES[asked.shape]["num_hidden_layers"]
-        rows += beside_fla(asked.tokens, asked.documents, layers, asked.repeats)
+    if asked.shape == "deltanet-1b":  # the shape that ntp.py has
+        rows += beside_fla(asked.tokens, asked.documents, asked.layers, asked.repeats)
     model, exact, allowed = models(asked)
     error = check(exact, documents(exact, min(asked.tokens, 300)))
     print(f"gradients, forked from re-read: {error:.2e}", flush=True)
@@ -85,8 +86,7 @@ def models(asked: argparse.Namespace) -> tuple[FastWeightLM, FastWeightLM, float
         model, _ = load_model(asked.model, asked.device, "float32")
         return model, exact, TOLERANCE[torch.float64]
     shape = SHAPES[asked.shape]
-    deep = asked.layers or shape["num_hidden_layers"]
-    model, small = (build({**shape, "num_hidden_layers": layers}).train() for layers in (deep, 2))
+    model, small = (build({**shape, "num_hidden_layers": layers}).train() for layers in (asked.layers, 2))
     table = "bfloat16, Muon" if shape.get("use_muon") else "bfloat16"
     return model, small, MODEL_TOLERANCE[table]["gradient"]
 

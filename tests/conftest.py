@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
     import torch
 
     from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM, FastWeightLM
+
+
+@pytest.fixture
+def group_of_two() -> tuple[dict[str, str], dict[str, str]]:
+    """The environment of each of two processes that work together on a CPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alike = {**os.environ, **group, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    alike["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return {**alike, "RANK": "0", "LOCAL_RANK": "0"}, {**alike, "RANK": "1", "LOCAL_RANK": "1"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

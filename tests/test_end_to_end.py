@@ -6,11 +6,10 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,15 +237,9 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(home: 
     assert not any(out.glob("step-*"))
 
 
-def in_two_processes(arguments: list[str]) -> list[str]:
+def in_two_processes(arguments: list[str], group: Sequence[dict[str, str]]) -> list[str]:
     """What each of them prints; the first alone says how far it is."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        started(arguments, {**group, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}) for rank in "01"
-    ]
+    processes = [started(arguments, environment) for environment in group]
     try:
         said = [process.communicate(timeout=120) for process in processes]
     finally:
@@ -257,10 +250,10 @@ def in_two_processes(arguments: list[str]) -> list[str]:
     return [printed for printed, _ in said]
 
 
-def test_two_processes_train_and_score_what_one_does(home: Path, tmp_path: Path) -> None:
+def test_two_processes_train_and_score_what_one_does(home: Path, tmp_path: Path, group_of_two) -> None:
     settings = [*TASKS, "dtype=float64"]
     did(*mid(home, tmp_path / "one", *settings))
-    first, second = in_two_processes(mid(home, tmp_path / "two", *settings))
+    first, second = in_two_processes(mid(home, tmp_path / "two", *settings), group_of_two)
     assert "two/final" in first and not second
     alone, together = (weights(tmp_path / name) for name in ("one", "two"))
     assert alone.keys() == together.keys()
@@ -294,8 +287,8 @@ def tiny_experiment(home: Path, folder: Path) -> list[str]:
     return ["run", str(folder / "tiny.yaml"), "--out", str(folder / "out")]
 
 
-def test_two_processes_go_through_an_experiment_together(home: Path, tmp_path: Path) -> None:
-    first, second = in_two_processes(tiny_experiment(home, tmp_path))
+def test_two_processes_go_through_an_experiment_together(home: Path, tmp_path: Path, group_of_two) -> None:
+    first, second = in_two_processes(tiny_experiment(home, tmp_path), group_of_two)
     assert "The page" in first and not second
     assert sorted(record.name for record in read_records(tmp_path / "out" / "records")) == ["base", "mid", "ttt"]
 

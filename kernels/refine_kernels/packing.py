@@ -5,13 +5,26 @@ B texts   T tokens of a padded row   M real tokens of all texts together
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import groupby
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+Kind = TypeVar("Kind", bound=Hashable)
+
+
+def neighbours(kinds: Sequence[Kind]) -> Iterator[tuple[slice, Kind]]:
+    """Rows that stand side by side and are of one kind, and the kind."""
+    row = 0
+    for kind, group in groupby(kinds):
+        rows = slice(row, row + len(list(group)))
+        yield rows, kind
+        row = rows.stop
 
 
 class Pieces(NamedTuple):

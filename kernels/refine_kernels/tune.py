@@ -19,7 +19,7 @@ from refine_kernels.lookup import Lookup
 
 TOKENS = 8192
 WARM_UP, REPEATS = 5, 25
-"""Milliseconds of one choice: its kernel takes some tenths of one, and the search has a thousand to try."""
+"""Milliseconds of one choice: its kernel takes some tenths of one, and there are many to try."""
 
 
 class Shape(NamedTuple):
@@ -72,7 +72,7 @@ def tune(shapes: tuple[Shape, ...] = COMMON, path: Path | None = None, say: Call
 def compiled_together() -> Iterator[None]:
     """While it lasts, a kernel that searches compiles all its choices on all cores, and then times each for a moment.
 
-    Compiling takes most of the time of a search. Without Triton's asynchronous compilation (3.5) nothing changes.
+    Compiled one after another they would keep one core busy. Without Triton's asynchronous compilation nothing changes.
     """
     import triton  # pyright: ignore[reportMissingImports]
     from triton.runtime.autotuner import Autotuner  # pyright: ignore[reportMissingImports]

@@ -102,7 +102,7 @@ class Attention(FastWeightLayer):
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
         q_BTHD = self.q_proj(x_BTD).unflatten(-1, (self.heads, -1))
         k_BTGD, v_BTGD = (proj(x_BTD).unflatten(-1, (self.groups, -1)) for proj in (self.k_proj, self.v_proj))
-        by = turns(rows, q_BTHD.shape[-1], self.theta, q_BTHD, rows.packing)
+        by = turns(rows, q_BTHD.shape[-1], self.theta, q_BTHD)
         q_BTHD, k_BTGD = rotary(q_BTHD, by), rotary(k_BTGD, by)
         history, past = {"keys": rows.spread(k_BTGD), "values": rows.spread(v_BTGD)}, 0
         if state is None:

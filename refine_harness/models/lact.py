@@ -17,7 +17,6 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from refine_kernels import (
-    Packing,
     SharedQKV,
     add_normed_heads,
     fork_attention,
@@ -261,7 +260,7 @@ class LaCTMixer(FastWeightLayer):
         the last W - 1 keys and values of attention, right-aligned. Its shapes are the same after any text.
         """
         qkv_BTX, said = self._linear(x_BTD)
-        read_by = self.used_twice(qkv_BTX, rows, rows.packing)
+        read_by = self.used_twice(qkv_BTX, rows)
         attended_BTD, window, tape = self._attend(read_by, state, rows)
         if "place" not in rows.memo:
             assert rows.seen is not None
@@ -309,7 +308,7 @@ class LaCTMixer(FastWeightLayer):
             qkv_BTX, said = self.qkv(x_BTD), _joined(x_BTD, maps[1:])
         return qkv_BTX, Controls(said[0], said[-1] if kept else None, said[1] if scaled else None, raw=True)
 
-    def used_twice(self, qkv_BTX: Tensor, rows: Rows, packing: Packing | None = None) -> SharedQKV:
+    def used_twice(self, qkv_BTX: Tensor, rows: Rows) -> SharedQKV:
         """Queries, keys and values for attention and for the fast weights, as they come: in rows, or packed."""
         config = self.config
         qkv_BT3D = qkv_BTX.unflatten(-1, (3, -1))
@@ -320,7 +319,7 @@ class LaCTMixer(FastWeightLayer):
             qkv_BT3D,
             self.qk_scale,
             self.qk_offset,
-            turns(rows, config.hidden_size // config.num_attn_heads, config.rope_theta, qkv_BT3D, packing),
+            turns(rows, config.hidden_size // config.num_attn_heads, config.rope_theta, qkv_BT3D),
             fast_heads=config.num_lact_heads,
             silu=config.qkv_silu,
             silu_values=config.qkv_silu and not config.no_v_silu,

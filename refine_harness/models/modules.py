@@ -11,7 +11,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from refine_kernels import (
-    Packing,
     Turns,
     add_rms_norm,
     gated_rms_norm,
@@ -127,16 +126,15 @@ class GatedMLP(nn.Module):
         return self.down_proj(swiglu(gate, up))  # an adapter stands in its place
 
 
-def turns(rows: Rows, size: int, theta: float, x: Tensor, packing: Packing | None = None) -> Turns:
-    """Angles of rotary position embedding for heads of that size, for tensors like `x`; made once for all layers.
+def turns(rows: Rows, size: int, theta: float, x: Tensor) -> Turns:
+    """Angles of rotary position embedding for heads of that size, for tensors like `x`, of tokens as layers get them.
 
-    packing: where they are for packed tokens; None for those of rows.
+    Made once for all layers.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    name = f"turns {size} {theta} {wide} {packing is None}"
+    name = f"turns {size} {theta} {wide}"
     if name not in rows.memo:
-        positions_BT = rows.positions_BT if packing is None else packing.pack(rows.positions_BT)
-        rows.memo[name] = angles(positions_BT, size, theta, wide)
+        rows.memo[name] = angles(rows.packed(rows.positions_BT), size, theta, wide)
     return rows.memo[name]
 
 

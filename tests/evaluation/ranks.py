@@ -63,8 +63,7 @@ def _exact(value: Any) -> Any:
 KINDS = tuple(requests())
 
 if __name__ == "__main__":
-    folder, out, rank = sys.argv[1:]
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = rank
+    folder, out = sys.argv[1:]
     torch.set_num_threads(1)
     stage = 0
 
@@ -74,7 +73,7 @@ if __name__ == "__main__":
 
     found, lm = answer(folder, KINDS[:1], cache_dir=out, progress=progress)
     found |= {"truncated": dict(lm.truncated), "ranks": [lm.process, lm.processes], "reads": lm.answerer.reads}
-    (Path(out) / f"{rank}.json").write_text(json.dumps(found))
+    (Path(out) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     stage = 1
     lm.loglikelihood(requests()[KINDS[1]])
     raise AssertionError("the first process kills itself before this, and the second cannot do without it")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,24 +29,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_two_processes_killed_under_way_and_one_that_goes_on_give_the_scores_of_one_bit_for_bit(folder, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        **{"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+def test_two_processes_killed_under_way_and_one_that_goes_on_give_the_scores_of_one_bit_for_bit(
+    folder, tmp_path, group_of_two
+):
     workers = [
         subprocess.Popen(
-            [sys.executable, ranks.__file__, str(folder), str(tmp_path), str(rank)],
-            env={**os.environ, **environment},
+            [sys.executable, ranks.__file__, str(folder), str(tmp_path)],
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for environment in group_of_two
     ]
     alone, uninterrupted = ranks.answer(folder, ranks.KINDS)
     try:

@@ -30,6 +30,7 @@ else:
         fork_attention,
         gated_rms_norm,
         linear_head,
+        replay,
         rms_norm,
         rotary,
         shared_qkv,
@@ -40,7 +41,7 @@ else:
     )
     from refine_kernels.delta_rule.fused import EVERY, state_gradients
     from refine_kernels.fork_attention import Elsewhere
-    from refine_kernels.lact import Chunk, FastWeights, Fresh, Place, lact, row_norms
+    from refine_kernels.lact import Chunk, FastWeights, Fresh, Place, kernels, lact, row_norms
     from refine_kernels.lact.reference import map_chunk
     from refine_kernels.linear_head import fused as head
     from refine_kernels.rotary import turns
@@ -440,9 +441,6 @@ else:
 
     def test_nothing_is_computed_for_padding(monkeypatch):
         """Chunks are made full for the reading; no token after a row's last chunk is read, and none is learned from."""
-        from refine_kernels import replay
-        from refine_kernels.lact import kernels
-
         monkeypatch.setattr(replay, "_find", lambda *_: None)
         T, lengths, H, L = 23, (5, 23, 1, 20), 2, 4
         ends, chunks = (1, 5, 0, 4), 2 + 6 + 1 + 5

@@ -102,6 +102,19 @@ def test_a_few_tokens_without_gradient():
     assert_close(got.state_BHKV, want.state_BHKV.float())
 
 
+def held_to_the_reference(args: list[Any], **settings: Any) -> None:
+    """Window attention, outputs and gradients, against the reference in float64."""
+    got = window_attention(*args, **settings, impl="fused")
+    exact = [x.detach().double().requires_grad_() for x in args]
+    want = window_attention(*exact, **settings, impl="reference")
+    assert_close(got, want)
+    slope = draw(*got.shape, seed=9)
+    grads = torch.autograd.grad((got * slope).sum(), args)
+    wants = torch.autograd.grad((want * slope.double()).sum(), exact)
+    for name, a, b in zip("qkv", grads, wants, strict=True):
+        assert_close(a, b, f"gradient of {name}")
+
+
 @pytest.mark.parametrize("window", (None, 16, 300))
 @pytest.mark.parametrize(
     ("T", "S", "past"),
@@ -112,15 +125,7 @@ def test_window_attention(T, S, past, window, on_host):
     q, k, v = draw(2, T, 4, 64), draw(2, S, 2, 64, seed=1), draw(2, S, 2, 64, seed=2)
     args: list[Any] = [x.requires_grad_() for x in (q, k, v)]
     past_B = None if past is None else torch.tensor(past, device="cuda")
-    got = window_attention(q, k, v, past_B, past=past if on_host else None, window=window, impl="fused")
-    exact = [x.detach().double().requires_grad_() for x in args]
-    want = window_attention(exact[0], exact[1], exact[2], past_B, window=window, impl="reference")
-    assert_close(got, want)
-    slope = draw(*got.shape, seed=9)
-    grads = torch.autograd.grad((got * slope).sum(), args)
-    wants = torch.autograd.grad((want * slope.double()).sum(), exact)
-    for name, a, b in zip("qkv", grads, wants, strict=True):
-        assert_close(a, b, f"gradient of {name}")
+    held_to_the_reference(args, past_B=past_B, past=past if on_host else None, window=window)
 
 
 @pytest.mark.parametrize("window", (None, 16, 300))
@@ -129,12 +134,4 @@ def test_window_attention_of_packed_texts(window):
     M = sum(lengths)
     args: list[Any] = [draw(1, M, heads, 64, seed=i).requires_grad_() for i, heads in enumerate((4, 2, 2))]
     packing = Packing(lengths, torch.tensor(lengths, device="cuda"), max(lengths) + 3)
-    got = window_attention(args[0], args[1], args[2], window=window, packing=packing, impl="fused")
-    exact = [x.detach().double().requires_grad_() for x in args]
-    want = window_attention(exact[0], exact[1], exact[2], window=window, packing=packing, impl="reference")
-    assert_close(got, want)
-    slope = draw(*got.shape, seed=9)
-    grads = torch.autograd.grad((got * slope).sum(), args)
-    wants = torch.autograd.grad((want * slope.double()).sum(), exact)
-    for name, a, b in zip("qkv", grads, wants, strict=True):
-        assert_close(a, b, f"gradient of {name}")
+    held_to_the_reference(args, window=window, packing=packing)

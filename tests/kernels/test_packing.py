@@ -3,6 +3,7 @@
 import pytest
 import torch
 from refine_kernels import Packing, picked, placed
+from refine_kernels.packing import neighbours
 from refine_kernels.testing import assert_close
 from torch.autograd import gradcheck
 
@@ -57,3 +58,8 @@ def test_nothing_is_asked_of_the_device():
     x = torch.empty(5, 6, 2, device="meta")
     assert packing.spread(packing.pack(x)).shape == x.shape
     assert packing.pieces(2).index_N2.shape == (8, 2)
+
+
+def test_neighbours_are_rows_of_one_kind_side_by_side():
+    assert list(neighbours([5, 5, 3, 5])) == [(slice(0, 2), 5), (slice(2, 3), 3), (slice(3, 4), 5)]
+    assert list(neighbours([])) == []

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,32 +12,17 @@ from refine_harness.training.trainer import Trainer
 WORKER = Path(__file__).with_name("two_processes.py")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_two_processes_learn_what_one_does(lab, tmp_path):
-    together = {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
+def test_two_processes_learn_what_one_does(lab, tmp_path, group_of_two):
     # Two processes of their own, not a fork: torch has threads by then.
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(tmp_path)],
-            env={**os.environ, **together},
+            [sys.executable, str(WORKER), str(tmp_path)],
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for environment in group_of_two
     ]
     try:
         said = [worker.communicate(timeout=180)[1] for worker in workers]

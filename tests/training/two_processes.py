@@ -18,11 +18,10 @@ from refine_harness.training.group import leave_group
 from refine_harness.training.trainer import Trainer
 
 
-def train(rank: int, out: Path) -> None:
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+def train(out: Path) -> None:
     lab = Lab()
     trainer = Trainer(lab.model(), lab.mid(steps=3, sequences=8, micro=1))
-    assert (trainer.rank, trainer.world_size) == (rank, 2)
+    assert (trainer.rank, trainer.world_size) == (int(os.environ["RANK"]), 2)
 
     def shares():
         for number in range(2):
@@ -37,5 +36,5 @@ def train(rank: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    train(int(sys.argv[1]), Path(sys.argv[2]))
+    train(Path(sys.argv[1]))
     leave_group()

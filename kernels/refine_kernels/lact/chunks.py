@@ -9,9 +9,9 @@ known on the host, so that none is computed where no row reaches an end.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
+from operator import itemgetter
 from types import ModuleType
 from typing import Protocol
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from refine_kernels.lact.reference import Chunk, FastWeights, Fresh, Weights, map_chunk, map_weights
+from refine_kernels.packing import neighbours
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,11 @@ def read(
     """See `refine_kernels.lact.lact`. `ops` has `apply` and `update`; `sweep`, if any, takes rows that hold as many."""
     T = q_BTHK.shape[1]
     held, held_B, ends = place.held(L), place.held_B(L), place.ends(L)
+    end_B = held_B + (T if place.lengths_B is None else place.lengths_B)
     if hasattr(ops, "sweep") and not boundaries and T >= L and min(held) < max(held):
-        return _in_runs(
-            partial(read, ops, L=L, muon=muon, joint=joint, boundaries=False),
-            q_BTHK, tokens, fast, unfinished, place, held,
-        )  # fmt: skip
+        alike = partial(read, ops, L=L, muon=muon, joint=joint, boundaries=False)
+        outputs_BTHV, after, rest = _in_runs(alike, q_BTHK, tokens, fast, unfinished, place, held)
+        return LaCT(outputs_BTHV, after, rest, None, tokens, unfinished, held_B, end_B, L)
     sweeps = hasattr(ops, "sweep") and T > 1 and min(held) == max(held) and (held[0] == 0 or max(ends) > 0)
     whole = tokens
     if sweeps and held[0] and unfinished is not None:
@@ -190,7 +191,6 @@ def read(
     else:
         last_B = torch.full_like(held_B, T - 1) if place.lengths_B is None else place.lengths_B - 1
         rest = _unfinished(unfinished, tokens, held_B, last_B[:, None], L)
-    end_B = held_B + (T if place.lengths_B is None else place.lengths_B)
     return LaCT(outputs_BTHV, after, rest, between if boundaries else None, tokens, unfinished, held_B, end_B, L)
 
 
@@ -202,39 +202,23 @@ def _in_runs(
     unfinished: Chunk | None,
     place: Place,
     held: Sequence[int],
-) -> LaCT:
+) -> tuple[Tensor, FastWeights, Chunk]:
     """Neighbouring rows that hold as many tokens read together, and the others after them."""
     assert isinstance(fast, FastWeights) and unfinished is not None  # texts that begin all hold none
-    parts, row = [], 0
-    for _, group in groupby(held):
-        rows = slice(row, row := row + len(list(group)))
-
-        def some(x: Tensor, rows: slice = rows) -> Tensor:
-            return x[rows]
-
-        parts.append(
-            read_rows(
-                q_BTHK[rows],
-                map_chunk(some, tokens),
-                map_weights(some, fast),
-                map_chunk(some, unfinished),
-                place.of(rows),
-            )
-        )
+    parts = []
+    for rows, _ in neighbours(held):
+        some = itemgetter(rows)
+        given = some(q_BTHK), map_chunk(some, tokens), map_weights(some, fast), map_chunk(some, unfinished)
+        parts.append(read_rows(*given, place.of(rows)))
 
     def whole(*each: Tensor) -> Tensor:
         return torch.cat(each)
 
-    first = parts[0]
-    return replace(
-        first,
-        outputs_BTHV=whole(*(part.outputs_BTHV for part in parts)),
-        fast=map_weights(whole, *(part.fast for part in parts)),
-        unfinished=map_chunk(whole, *(part.unfinished for part in parts)),
-        _tokens=tokens,
-        _before=unfinished,
-        _held_B=whole(*(part._held_B for part in parts)),
-        _end_B=whole(*(part._end_B for part in parts)),
+    outputs_BTHV = whole(*(part.outputs_BTHV for part in parts))
+    return (
+        outputs_BTHV,
+        map_weights(whole, *(part.fast for part in parts)),
+        map_chunk(whole, *(part.unfinished for part in parts)),
     )
 
 

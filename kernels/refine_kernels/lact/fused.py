@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from refine_kernels.lact import kernels
 from refine_kernels.lact.chunks import Reader
 from refine_kernels.lact.newton_schulz import STEPS, orthogonal, orthogonal_back
 from refine_kernels.lact.reference import Chunk, FastWeights, Fresh, Weights, apply
+from refine_kernels.packing import neighbours
 from refine_kernels.replay import replayed
 from refine_kernels.runtime import why_no_triton
 
@@ -160,12 +160,7 @@ class _Run(NamedTuple):
 
 
 def _runs(chunks: Sequence[int], lengths: Sequence[int]) -> tuple[_Run, ...]:
-    runs, row = [], 0
-    for count, group in groupby(chunks):
-        after = row + len(list(group))
-        runs.append(_Run(slice(row, after), count, max(lengths[row:after])))
-        row = after
-    return tuple(runs)
+    return tuple(_Run(rows, count, max(lengths[rows])) for rows, count in neighbours(chunks))
 
 
 def _together(ends: Sequence[int]) -> list[tuple[slice, slice]]:
@@ -178,7 +173,7 @@ def _together(ends: Sequence[int]) -> list[tuple[slice, slice]]:
         return [(slice(0, len(ends)), slice(0, ends[0]))] if ends[0] else []
     made, start = [], 0
     for stop in sorted(set(ends) - {0}):
-        rows = [run.rows for run in _runs([int(n >= stop) for n in ends], ends) if run.chunks]
+        rows = [of for of, makes in neighbours([n >= stop for n in ends]) if makes]
         for size in (1 << i for i in reversed(range(stop.bit_length()))):
             if (stop - start) & size:
                 made += [(of, slice(start, start + size)) for of in rows]

@@ -109,20 +109,22 @@ class _LinearHead(torch.autograd.Function):
     def backward(ctx, grad_M: Tensor, _entropy: Tensor, _normaliser: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_MD, weight_VD, labels_M, normaliser_M = ctx.saved_tensors
         wide = normaliser_M.dtype
-        grad_hidden = torch.empty_like(hidden_MD)
-        grad_weight = torch.zeros_like(weight_VD, dtype=wide)
+        made = Ahead(grad_M, torch.empty_like(hidden_MD), torch.zeros_like(weight_VD, dtype=wide))
         for rows in _pieces(hidden_MD.shape[0], weight_VD.shape[0]):
             logits_RV = F.linear(hidden_MD[rows], weight_VD).to(wide)
             probs_RV = (logits_RV - normaliser_M[rows, None]).exp_()
-            slope_RV = _slopes(probs_RV, labels_M[rows], grad_M[rows]).to(hidden_MD.dtype)
-            grad_hidden[rows] = slope_RV @ weight_VD
-            grad_weight += (slope_RV.t() @ hidden_MD[rows]).to(wide)
-        return grad_hidden, grad_weight.to(weight_VD.dtype), None, None
+            _carry(made, rows, probs_RV, hidden_MD, weight_VD, labels_M)
+        assert made.weight_VD is not None
+        return made.hidden_MD, made.weight_VD.to(weight_VD.dtype), None, None
 
 
-def _slopes(probs_RV: Tensor, labels_R: Tensor, grad_R: Tensor) -> Tensor:
-    """g (onehot - p), written over p."""
-    return probs_RV.mul_(-grad_R[:, None]).scatter_add_(1, labels_R[:, None], grad_R[:, None])
+def _carry(into: Ahead, rows: slice, probs_RV: Tensor, hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> None:
+    """The gradients of a piece, by g (onehot - p), which is written over its probabilities."""
+    grad_R1 = into.of_M[rows, None]
+    slope_RV = probs_RV.mul_(-grad_R1).scatter_add_(1, labels_M[rows, None], grad_R1).to(hidden_MD.dtype)
+    into.hidden_MD[rows] = slope_RV @ weight_VD
+    if into.weight_VD is not None:
+        into.weight_VD.add_(slope_RV.t() @ hidden_MD[rows])
 
 
 def _rated(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, ahead: Ahead | None) -> Known:
@@ -138,10 +140,7 @@ def _rated(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, ahead: Ahead 
         entropy_M[rows] = normaliser_R - torch.linalg.vecdot(probs_RV, logits_RV)
         normaliser_M[rows] = normaliser_R
         if ahead is not None:
-            slope_RV = _slopes(probs_RV, labels_M[rows], ahead.of_M[rows]).to(hidden_MD.dtype)
-            ahead.hidden_MD[rows] = slope_RV @ weight_VD
-            if ahead.weight_VD is not None:
-                ahead.weight_VD.add_(slope_RV.t() @ hidden_MD[rows])
+            _carry(ahead, rows, probs_RV, hidden_MD, weight_VD, labels_M)
     return Known(logprob_M, entropy_M, normaliser_M, ahead)
 
 
@@ -151,7 +150,7 @@ def ahead_of(hidden_MD: Tensor, weight_VD: Tensor, of_M: Tensor | None, learned:
         return None
     wide = torch.float64 if hidden_MD.dtype == torch.float64 else torch.float32
     weight = weight_VD.new_zeros(weight_VD.shape, dtype=wide) if learned else None
-    return Ahead(of_M.to(wide).contiguous(), torch.empty_like(hidden_MD, requires_grad=False), weight)
+    return Ahead(of_M.to(wide).contiguous(), torch.empty_like(hidden_MD), weight)
 
 
 def _pieces(rows: int, vocabulary: int):

@@ -5,13 +5,12 @@ queries go through its masked attention instead, all rows at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refine_kernels.packing import Packing
+from refine_kernels.packing import Packing, neighbours
 from refine_kernels.window_attention import reference
 
 FEW = 64
@@ -56,9 +55,8 @@ def window_attention(
         )[0]  # fmt: skip
         return out if packing is None else out[None]
     if T > FEW and past is not None:
-        parts, row = [], 0
-        for real, group in groupby(past):
-            rows = slice(row, row := row + len(list(group)))
+        parts = []
+        for rows, real in neighbours(past):
             q, k, v = q_BTHD[rows], k_BSGD[rows, S - T - real :], v_BSGD[rows, S - T - real :]
             parts.append(window_attention(q, k, v, window=window, scale=scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
