@@ -54,7 +54,8 @@ def beside_fla(tokens: int, documents: int, layers: int, repeats: int) -> list[R
         shape = {**DELTANET_1B, "num_hidden_layers": layers}
         shape.pop("model_type")
         torch.manual_seed(0)
-        ours, stock = DeltaNetForCausalLM(DeltaNetConfig(**shape)), StockModel(StockConfig(**shape))
+        with torch.device("cuda"):
+            ours, stock = DeltaNetForCausalLM(DeltaNetConfig(**shape)), StockModel(StockConfig(**shape))
         for model in (ours, stock):
             torch.nn.Module.to(model.train(), "cuda", torch.bfloat16)
         stock.load_state_dict(ours.state_dict())

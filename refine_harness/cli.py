@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from refine_harness import __version__
-from refine_harness.errors import ConfigError, RefineError, RunError, suggest
+from refine_harness.errors import ConfigError, RunError, for_people, suggest
 
 if TYPE_CHECKING:
     from refine_harness.config import Evaluation, Strict
@@ -112,8 +112,10 @@ def command(
         def guarded(*args: Any, **kwargs: Any) -> None:
             try:
                 body(*args, **kwargs)
-            except RefineError as error:
-                _complain("error", str(error), "bold red")
+            except Exception as error:
+                if (sentence := for_people(error)) is None:
+                    raise
+                _complain("error", sentence, "bold red")
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 again = "The same command goes on where it was." if resumes else "Nothing was finished."

@@ -1,12 +1,13 @@
 """Errors meant for people: one clear sentence that says what, where, what was expected and what to do.
 
-The command line catches `RefineError`, prints its sentence and exits with code 2. Every other
+The command line prints the sentence of what is `for_people` and exits with code 2. Every other
 exception keeps its traceback, because that is the clearest report of a mistake of ours.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -32,6 +33,14 @@ class TaskError(RefineError):
 
 class RunError(RefineError):
     """A run folder that cannot be written or holds something else."""
+
+
+def for_people(error: Exception) -> str | None:
+    """The sentence of a `RefineError`, or of a kernel that was asked for and cannot run here; None of other errors."""
+    if isinstance(error, RefineError):
+        return str(error)
+    kernels = sys.modules.get("refine_kernels.choose")  # importing it takes torch; what raised its error has done so
+    return f"{error}." if kernels is not None and isinstance(error, kernels.ImplementationError) else None
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -176,6 +176,15 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_built(home: Path,
     assert not out.exists()
 
 
+def test_kernels_that_cannot_run_are_said_in_one_sentence(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFINE_KERNELS", "fast")
+    done = refine("eval", "--model", str(home / "model"), "--out", str(tmp_path / "eval"), *TASKS)
+    assert done.exit_code == 2, done.exception
+    assert done.stderr.endswith("error: REFINE_KERNELS is 'fast'; expected auto, reference or fused.\n")
+
+
 @pytest.mark.parametrize(("kept", "times"), ((None, 1), (0, 2)))
 def test_an_experiment_builds_examples_once_or_again_after_training_where_they_are_large(
     home: Path, tmp_path: Path, builds: list, monkeypatch: pytest.MonkeyPatch, kept: int | None, times: int

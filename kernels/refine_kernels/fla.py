@@ -15,12 +15,15 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from copy import copy
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from refine_kernels.choose import ImplementationError
 
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 searching = False
@@ -64,21 +67,23 @@ def ops(name: str) -> ModuleType:
     return module
 
 
-def tuned_file() -> Path:
-    """Where the choices for this GPU are; the file need not exist.
+def tuned_files() -> list[Path]:
+    """Where choices for this GPU are, those that come first being preferred.
 
-    REFINE_TUNED names a file; else the user's own, or the shipped one for this very GPU, or one that was shipped for
-    another GPU of the same architecture, whose choices are good ones too.
+    REFINE_TUNED names the only file. Without it: the user's own, the shipped one for this very GPU, and those shipped
+    for other GPUs of the same architecture, whose choices are good ones too. Raises ImplementationError where
+    REFINE_TUNED names no file.
     """
     if named := os.environ.get("REFINE_TUNED"):
-        return Path(named)
-    name = file_name()
-    for folder in (user_folder(), SHIPPED):
-        if (folder / name).is_file():
-            return folder / name
+        if not Path(named).is_file():
+            raise ImplementationError(
+                f"REFINE_TUNED names {named}, which is no file: name one that `refine kernels tune` wrote, or unset it"
+            )
+        return [Path(named)]
+    own = [folder / file_name() for folder in (user_folder(), SHIPPED)]
     capability = list(torch.cuda.get_device_capability())
-    alike = (path for path in sorted(SHIPPED.glob("*.json")) if _read(path)["capability"] == capability)
-    return next(alike, SHIPPED / name)
+    alike = [path for path in sorted(SHIPPED.glob("*.json")) if _read(path)["capability"] == capability]
+    return [path for path in dict.fromkeys([*own, *alike]) if path.is_file()]
 
 
 def file_name() -> str:
@@ -107,26 +112,44 @@ def autotuners() -> Iterator[tuple[str, Any]]:
                 yield f"{kernel.base_fn.__module__}.{name}", kernel
 
 
-def load_tuned(path: Path | None = None) -> int:
+def load_tuned() -> int:
     """Put tuned choices into the kernels imported so far; how many kernels have one."""
     import triton
 
-    path = path or tuned_file()
-    choices = _read(path)["kernels"] if path.is_file() else {}
-
+    files = [_read(path)["kernels"] for path in tuned_files()]
     found = 0
     for name, tuner in autotuners():
-        entries = choices.get(name, [])
-        if not entries:
-            continue
-        configs = [triton.Config(e["config"], num_warps=e["warps"], num_stages=e["stages"]) for e in entries]
-        for entry, config in zip(entries, configs, strict=True):
+        choices: dict[str, Any] = {}
+        for entry in (entry for file in files for entry in file.get(name, [])):
+            config = triton.Config(entry["config"], num_warps=entry["warps"], num_stages=entry["stages"])
             tuner.cache.setdefault(tuple(entry["key"]), config)
-        # A shape that is not in the file chooses among what was best for other shapes.
-        distinct = {str(config): config for config in configs}
-        tuner.configs = list(distinct.values())
-        found += 1
+            choices.setdefault(str(config), copy(config))
+        if choices:
+            _search_among(tuner, list(choices.values()))
+            found += 1
     return found
+
+
+def _search_among(tuner: Any, configs: list[Any]) -> None:
+    """A shape that is not in a file chooses among what was best for others; among all, should none of those fit it."""
+    from triton.runtime.errors import OutOfResources
+
+    if "run" not in vars(tuner):
+        every, run = tuner.configs, tuner.run
+
+        def run_one_that_fits(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return run(*args, **kwargs)
+            except OutOfResources:
+                if tuner.configs is every:
+                    raise
+                tuner.configs = every
+                # What it tried in vain; the choices that came from a file are other objects.
+                tuner.cache = {key: config for key, config in tuner.cache.items() if config is not tuner.best_config}
+                return run(*args, **kwargs)
+
+        tuner.run = run_one_that_fits
+    tuner.configs = configs
 
 
 @cache

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from refine_kernels import fla
+from refine_kernels.choose import ImplementationError
 
 KERNEL = "fla.ops.common.chunk_o.chunk_fwd_kernel_o"
 
@@ -30,20 +31,76 @@ def test_every_shipped_file_is_complete():
             assert all(set(entry) == {"key", "config", "warps", "stages"} for entry in entries)
 
 
-def test_a_gpu_without_a_file_takes_that_of_its_architecture(fake_gpu, monkeypatch, tmp_path):
+def test_which_files_hold_choices_for_this_gpu(fake_gpu, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("REFINE_TUNED", raising=False)
-    assert fla.tuned_file().parent == fla.SHIPPED and fla.tuned_file().is_file()
+    alike = fla.tuned_files()
+    assert alike and all(json.loads(path.read_text())["capability"] == [9, 0] for path in alike)
     own = fla.user_folder() / "nvidia-made-up-9000.json"
     own.parent.mkdir(parents=True)
     own.write_text("{}")
-    assert fla.tuned_file() == own
-    monkeypatch.setenv("REFINE_TUNED", str(tmp_path / "named.json"))
-    assert fla.tuned_file() == tmp_path / "named.json"
-    monkeypatch.delenv("REFINE_TUNED")
-    own.unlink()
+    assert fla.tuned_files() == [own, *alike]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    assert fla.tuned_files()[0] == fla.SHIPPED / "nvidia-h200.json" and sorted(fla.tuned_files()) == sorted(alike)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (1, 0))
-    assert not fla.tuned_file().exists()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Made-Up 1")
+    assert fla.tuned_files() == []
+    monkeypatch.setenv("REFINE_TUNED", str(own))
+    assert fla.tuned_files() == [own]
+    monkeypatch.setenv("REFINE_TUNED", str(tmp_path / "typo.json"))
+    with pytest.raises(ImplementationError, match=r"typo\.json, which is no file"):
+        fla.tuned_files()
+
+
+def entry(n: int, stages: int) -> dict[str, object]:
+    return {"key": [n], "config": {}, "warps": 4, "stages": stages}
+
+
+def test_a_shape_that_no_choice_fits_is_searched_among_all(monkeypatch, tmp_path):
+    """A Triton autotuner over a kernel whose choices need shared memory by their stages and the size of their input."""
+    import triton
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.errors import OutOfResources
+
+    ran: list[tuple[int, int]] = []
+
+    class Kernel:
+        @staticmethod
+        def fn(n: int) -> None: ...
+
+        def run(self, n: int, num_stages: int, **_: object) -> None:
+            if n * num_stages > 8:
+                raise OutOfResources(n * num_stages, 8, "shared memory")
+            ran.append((n, num_stages))
+
+    def bench(call, quantiles):
+        call()
+        return [1.0 / ran.pop()[1]] * 3  # more stages are faster
+
+    every = [triton.Config({}, num_stages=stages) for stages in (1, 2, 3, 4)]
+    tuner = Autotuner(Kernel(), ["n"], every, ["n"], None, None, do_bench=bench)
+    monkeypatch.setattr(fla, "autotuners", lambda: iter([("kernel", tuner)]))
+
+    def load(*entries: dict[str, object]) -> None:
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        file.write_text(json.dumps({"kernels": {"kernel": list(entries)}}))
+        monkeypatch.setenv("REFINE_TUNED", str(file))
+        assert fla.load_tuned() == 1
+
+    def stages(n: int) -> int:
+        tuner.run(n=n)
+        assert ran[-1][0] == n
+        return ran[-1][1]
+
+    load(entry(2, 3))
+    assert stages(2) == 3 and stages(1) == 3  # the only choice is taken, where it fits
+    assert stages(4) == 2  # where it does not, the fastest of all that fit
+    assert stages(2) == 3  # what a file says stays
+    load(entry(2, 3), entry(1, 4))
+    assert stages(3) == 2 and stages(4) == 2
+    with pytest.raises(OutOfResources):
+        tuner.run(n=9)
+    assert stages(8) == 1
 
 
 def test_choices_are_loaded_written_and_loaded_again(fake_gpu, tmp_path):
@@ -59,11 +116,12 @@ out = Path({str(tmp_path / "choices.json")!r})
 kernel = {KERNEL!r}
 assert door.load_tuned() >= 3
 tuner = dict(door.autotuners())[kernel]
-entries = json.loads(door.tuned_file().read_text())["kernels"][kernel]
+entries = [entry for path in reversed(door.tuned_files()) for entry in json.loads(path.read_text())["kernels"][kernel]]
+entries = {{tuple(entry["key"]): entry for entry in entries}}
 assert len(tuner.configs) <= len(entries)
-assert all(tuner.cache[tuple(entry["key"])].kwargs == entry["config"] for entry in entries)
+assert all(tuner.cache[key].kwargs == entry["config"] for key, entry in entries.items())
 door.save_tuned(out)
-assert json.loads(out.read_text())["kernels"][kernel] == entries
+assert {{tuple(entry["key"]): entry for entry in json.loads(out.read_text())["kernels"][kernel]}} == entries
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
