@@ -56,9 +56,13 @@ class Tap:
 
     def pick(self, lookup: Lookup) -> Tensor:
         """The rows [M, ...] in the dtype of the tensor. Differentiable."""
+        return self.join(lookup, self.value.flatten(0, 1).index_select(0, lookup.rows_M))
+
+    def join(self, lookup: Lookup, rows: Tensor) -> Tensor:
+        """Rows [M, ...] that were come by in another way, made differentiable as if they had been picked."""
         if self.anchor is None or not torch.is_grad_enabled():
-            return self.value.flatten(0, 1).index_select(0, lookup.rows_M)
-        return _Pick.apply(self.anchor, self, lookup)  # pyright: ignore[reportReturnType]
+            return rows
+        return _Join.apply(self.anchor, rows.detach(), self.waiting, lookup)  # pyright: ignore[reportReturnType]
 
 
 def tapped(x: Tensor) -> tuple[Tensor, Tap]:
@@ -96,14 +100,14 @@ class _Tapped(Function):
         return whole, None
 
 
-class _Pick(Function):
+class _Join(Function):
     @staticmethod
-    def forward(ctx, anchor, tap, lookup):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.waiting, ctx.lookup = tap.waiting, lookup
+    def forward(ctx, anchor, rows, waiting, lookup):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.waiting, ctx.lookup = waiting, lookup
         ctx.zero = torch.zeros_like(anchor)
-        return tap.value.flatten(0, 1).index_select(0, lookup.rows_M)
+        return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.waiting.append((ctx.lookup, gradient))
-        return ctx.zero, None, None
+        return ctx.zero, None, None, None

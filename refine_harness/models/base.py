@@ -276,15 +276,18 @@ class FastWeightLM(PreTrainedModel):
         """Hidden states [R, K, D] of tokens read from states and read no further: on a GPU without time for launches.
 
         They lie in memory that is used again after their backward.
+
+        states: of F rows, each for the next R / F rows of tokens.
         """
+        rollouts = len(tokens_RK) // len(states)
         if not self.recordable:
-            return self.read(tokens_RK, states, forkable=False).hidden
+            return self.read(tokens_RK, states.repeat(rollouts), forkable=False).hidden
         names = tuple(tuple(layer) for layer in states.layers)
 
-        def piece(tokens_RK: Tensor, seen_R: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        def piece(tokens_RK: Tensor, seen_F: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             supply = iter(tensors)
             layers = tuple({name: next(supply) for name in layer} for layer in names)
-            return (self.read(tokens_RK, State(layers, seen_R), forkable=False).hidden,)
+            return (self.read(tokens_RK, State(layers, seen_F).repeat(rollouts), forkable=False).hidden,)
 
         tensors = [layer[name] for layer, of in zip(states.layers, names, strict=True) for name in of]
         checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, False  # of so few tokens, none

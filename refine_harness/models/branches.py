@@ -56,15 +56,15 @@ def branch(reading: Reading, positions_BC: Tensor, *, rollouts: int, length: int
     model, tapes = reading.model, reading.tapes
     lean_BC = None if tapes is None else model.reads_branches(tapes, positions_BC, length)
     if lean_BC is None:
-        return _Forked(model, reading.states_at(positions_BC, once=True).repeat(rollouts))
+        return _Forked(model, reading.states_at(positions_BC, once=True), rollouts)
     return _FromTape(reading, positions_BC, rollouts, length, lean_BC)
 
 
 class _Forked(Branches):
-    """From states of their own."""
+    """From states of their own, one for each position."""
 
-    def __init__(self, model: FastWeightLM, states: State, few: bool = False):
-        self._model, self._states, self._few = model, states, few
+    def __init__(self, model: FastWeightLM, states: State, rollouts: int, few: bool = False):
+        self._model, self._states, self._rollouts, self._few = model, states, rollouts, few
 
     def hidden(self, tokens_RK: Tensor) -> Tensor:
         return self._model.continued(tokens_RK, self._states)
@@ -74,8 +74,8 @@ class _Forked(Branches):
 
     def sampler(self) -> Step:
         if not self._few:
-            return Decoder(self._model, self._states.detach()).step
-        state = self._states.detach()
+            return Decoder(self._model, self._states.detach(), self._rollouts).step
+        state = self._states.detach().repeat(self._rollouts)
 
         @torch.no_grad()
         def step(tokens_R: Tensor) -> Tensor:  # how many they are changes with every step: nothing to record
@@ -260,7 +260,7 @@ class _FromTape(Branches):
         states = self._reading.states_at(self._positions_BC.gather(1, picked_BX))
         forks = states.select([b * widest + i for b, row in enumerate(places) for i in range(len(row))])
         rows = [(b * C + c) * N + n for b, row in enumerate(places) for c in row for n in range(N)]
-        return torch.tensor(rows, device=device), _Forked(self._reading.model, forks.repeat(N), few=True)
+        return torch.tensor(rows, device=device), _Forked(self._reading.model, forks, N, few=True)
 
 
 class _Fetched:

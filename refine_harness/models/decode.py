@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -32,18 +32,20 @@ _log = logging.getLogger("refine_harness")
 class Decoder:
     """R states that go on token by token."""
 
-    def __init__(self, model: FastWeightLM, state: State):
+    def __init__(self, model: FastWeightLM, state: State, times: int = 1):
+        """times: how many rows, side by side, go on from each row of `state`."""
         self._model = model
-        self._rows = len(state)
+        self._rows = len(state) * times
         self._graph = None
+        seen = [n for n in state.seen for _ in range(times)] if model.host_rows else [0] * self._rows
         if _recordable(model, state):
-            full = _filled(state, 1 << (len(state) - 1).bit_length())
-            self._graph = _recorded(model, full)
+            rows = 1 << (self._rows - 1).bit_length()
+            self._graph = _recorded(model, state, rows)
             if self._graph is not None:
-                state = full
-                self._graph.load(full)
-        self._seen = list(state.seen) if model.host_rows else [0] * len(state)
-        self._plain = None if self._graph is not None else state
+                self._graph.load(state, times)
+                seen += [seen[-1]] * (rows - self._rows)
+        self._seen = seen
+        self._plain = None if self._graph is not None else state.repeat(times)
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Read one token per row; hidden states [R, D] after the final norm, valid until the next step."""
@@ -70,9 +72,9 @@ class Decoder:
 class _Graph:
     """Recorded steps for R rows, one for each kind, and the memory that they read and write."""
 
-    def __init__(self, model: FastWeightLM, state: State):
-        self._memory = state.detach().clone()
-        self._tokens_R1 = torch.zeros(len(state), 1, dtype=torch.int64, device=state.seen_R.device)
+    def __init__(self, model: FastWeightLM, state: State, rows: int):
+        self._memory = state.detach().select([0] * rows)
+        self._tokens_R1 = torch.zeros(rows, 1, dtype=torch.int64, device=state.seen_R.device)
         self._recordings: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor] | None] = {}
         """None of kinds that were met once, or cannot be recorded."""
         self._refused: set[Hashable] = set()
@@ -94,7 +96,9 @@ class _Graph:
             torch.cuda.current_stream(device).wait_stream(stream)
             with torch.cuda.graph(graph):
                 reading = model.read(self._tokens_R1, state, forkable=False, in_place=in_place)
-                _copy(reading.state, self._memory)
+                for new, old in _pairs(reading.state, self._memory):
+                    if new is not old:
+                        old.copy_(new)
                 hidden_RD = reading.hidden[:, 0]
         return graph, hidden_RD
 
@@ -116,9 +120,12 @@ class _Graph:
         """The memory, without what the host once knew of it."""
         return State(self._memory.layers, self._memory.seen_R)
 
-    def load(self, state: State) -> None:
-        """Go on from other states of the same shapes."""
-        _copy(state.detach(), self._memory)
+    def load(self, state: State, times: int = 1) -> None:
+        """Go on from other states, each in so many rows; rows that are left go on as the last and are not heard."""
+        for new, old in _pairs(state.detach(), self._memory):
+            n = len(new) * times
+            old[:n].unflatten(0, (len(new), times)).copy_(new[:, None])
+            old[n:].copy_(new[-1:])
 
     def step(self, model: FastWeightLM, tokens_R: Tensor, kind: Hashable) -> Tensor:
         """Hidden states [R, D] after one more token of each row, which is a step of that kind."""
@@ -133,18 +140,12 @@ class _Graph:
         return hidden_RD
 
 
-def _copy(source: State, target: State) -> None:
-    for new, old in zip(source.layers, target.layers, strict=True):
-        for name, x in new.items():
-            if x is not old[name]:
-                old[name].copy_(x)
-    target.seen_R.copy_(source.seen_R)
-
-
-def _filled(state: State, rows: int) -> State:
-    """So many rows: those there are, and the last one again and again, which goes on as it does and is not heard."""
-    n = len(state)
-    return state if n == rows else state.select([*range(n), *[n - 1] * (rows - n)])
+def _pairs(a: State, b: State) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tensors of the same name."""
+    for of_a, of_b in zip(a.layers, b.layers, strict=True):
+        for name, x in of_a.items():
+            yield x, of_b[name]
+    yield a.seen_R, b.seen_R
 
 
 _DECODERS: weakref.WeakKeyDictionary[Any, OrderedDict[tuple, _Graph]] = weakref.WeakKeyDictionary()
@@ -154,17 +155,17 @@ def _recordable(model: FastWeightLM, state: State) -> bool:
     return state.seen_R.device.type == "cuda" and model.fixed_state and not torch.is_grad_enabled()
 
 
-def _recorded(model: FastWeightLM, state: State) -> _Graph | None:
-    """A graph for these rows, recorded now or before; None where it cannot be recorded."""
+def _recorded(model: FastWeightLM, state: State, rows: int) -> _Graph | None:
+    """A graph for so many rows of such a state, recorded now or before; None where it cannot be recorded."""
     setting = setting_of(model, state.seen_R.device.type)
     if setting is None:
         return None
     kept = _DECODERS.setdefault(model, OrderedDict())
-    shapes = tuple((name, x.shape, x.dtype) for layer in state.layers for name, x in layer.items())
+    shapes = tuple((name, rows, x.shape[1:], x.dtype) for layer in state.layers for name, x in layer.items())
     key = (hash(shapes), setting)
     if key not in kept:
         try:
-            kept[key] = _Graph(model, state)
+            kept[key] = _Graph(model, state, rows)
         except RuntimeError as error:
             _log.warning("decoding without a CUDA graph: %s", str(error).splitlines()[0])
             return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from refine_kernels import Lookup, Packing, delta_rule, last_inputs, short_conv, tapped
+from refine_kernels import Lookup, Packing, Tap, delta_rule, last_inputs, short_conv, tapped
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -208,7 +208,7 @@ class DeltaMixer(FastWeightLayer):
         tap = None
         if forkable:
             x_BTD, tap = tapped(x_BTD)
-        inputs = self._inputs(x_BTD)
+        inputs = self._inputs(x_BTD, "qkv")
         packing = rows.packing
         q_BTGK, k_BTGK = (self.query_or_key(name, inputs[name], before, packing) for name in "qk")
         v_BTHV = self._values(inputs["v"], before, packing)
@@ -224,24 +224,35 @@ class DeltaMixer(FastWeightLayer):
             for name, input_BTX in inputs.items():
                 name = f"{name}_inputs"
                 after[name] = last_inputs(input_BTX, before.get(name), None, self.taps, packing)
-        tape = {"x": tap, "grid": rule.boundaries, "stride": rule.stride, "rows": rows, "before": before}
+        grid = rule.boundaries, rule.stride, rule.chunk
+        tape = {"x": tap, "grid": grid, "rows": rows, "before": before}
         return self.o_proj(o_BTHV.flatten(2)), after, tape if forkable else None
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The memory before each position's chunk, and the few tokens since, read again from the layer's own inputs."""
         spots = self.spots(tape, positions_BC)
-        return self.replay(spots.masks, *self.pieces(tape, spots))
+        return self.replay(spots.since.masks, *self.pieces(tape, spots))
 
     def spots(self, tape: Tape, positions_BC: Tensor) -> Spots:
         """Where forks at these positions find what they need; the same for all layers."""
-        return _spots(tape["rows"], positions_BC, tape["stride"], self.taps - 1)
+        _, stride, chunk = tape["grid"]
+        return _spots(tape["rows"], positions_BC, stride, chunk, self.taps - 1)
 
     def pieces(self, tape: Tape, spots: Spots) -> tuple[Tensor, Tensor, *tuple[Tensor | None, ...]]:
-        """What `replay` needs of this layer: its inputs, the memory before them, and the convolutions' first inputs."""
-        x_RMD = tape["x"].pick(spots.tokens).view(*spots.masks.inside_RM.shape, -1)
-        memory_RHKV = tape["grid"].pick(spots.grid).to(_wide(x_RMD))
-        started = (tape["before"].get(f"{name}_inputs") for name in "qkv")
-        return x_RMD, memory_RHKV, *(None if x is None else x.index_select(0, spots.rows_R) for x in started)
+        """What `replay` needs of this layer: its inputs, the memory before them, and the convolutions' first inputs.
+
+        Where not every chunk's memory was kept it is read again from one that was, which needs no gradient: that of the
+        fork joins the reading's own at the chunk.
+        """
+        grid, _, _ = tape["grid"]
+        started = [tape["before"].get(f"{name}_inputs") for name in "qkv"]
+        started = [None if x is None else x.index_select(0, spots.rows_R) for x in started]
+        with torch.no_grad():
+            memory_RHKV = grid.pick(spots.kept)
+            if spots.way is not None:
+                x_RMD = spots.way.of(tape["x"])
+                memory_RHKV = self._write(spots.way.masks, x_RMD, memory_RHKV, *started[1:])[0].to(memory_RHKV.dtype)
+        return spots.since.of(tape["x"]), grid.join(spots.chunks, memory_RHKV), *started
 
     def replay(
         self, masks: Masks, x_RMD: Tensor, memory_RHKV: Tensor, *started_RPX: Tensor | None
@@ -251,32 +262,45 @@ class DeltaMixer(FastWeightLayer):
         started_RPX: for queries, keys and values, the inputs of the convolution before the text's first token; None for
             a text that began there.
         """
+        memory_RHKV, inputs = self._write(masks, x_RMD, memory_RHKV, *started_RPX[1:])
+        after = {"memory": memory_RHKV}
+        if self.taps == 1:
+            return after
+        last_RP1 = masks.last_RP[..., None]
+        # No query is asked here: those few are projected that the convolution will ask for.
+        x_RPD = x_RMD.gather(1, last_RP1.expand(-1, -1, x_RMD.shape[-1]))
+        q_RPX, earlier_RPX = self._inputs(x_RPD, "q")["q"], started_RPX[0]
+        if earlier_RPX is not None:
+            first_RP1 = last_RP1.clamp(max=self.taps - 2)
+            earlier_RPX = earlier_RPX.gather(1, first_RP1.expand(-1, -1, earlier_RPX.shape[-1]))
+        after["q_inputs"] = _begun(q_RPX, masks.inside_RM.gather(1, masks.last_RP), earlier_RPX)
+        for name, x_RMX in inputs.items():
+            after[f"{name}_inputs"] = x_RMX.gather(1, last_RP1.expand(-1, -1, x_RMX.shape[-1]))
+        return after
+
+    def _write(
+        self, masks: Masks, x_RMD: Tensor, memory_RHKV: Tensor, *started_RPX: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The memory after each row's real tokens, and what the convolutions of keys and values read, [R, M, X]."""
         P = self.taps - 1
-        inputs = self._inputs(x_RMD)
+        inputs = self._inputs(x_RMD, "kv")
+        before = {}
         if P:  # in front of the text's first token stands the state that the reading started from
-            inputs = {
-                name: x_RMX * masks.inside_RM[..., None]
-                if earlier_RPX is None
-                else torch.cat(
-                    (torch.where(masks.inside_RM[:, :P, None], x_RMX[:, :P], earlier_RPX.to(x_RMX)), x_RMX[:, P:]), 1
-                )
-                for (name, x_RMX), earlier_RPX in zip(inputs.items(), started_RPX, strict=True)
-            }
-        before = {f"{name}_inputs": x_RMX[:, :P] for name, x_RMX in inputs.items()} if P else {}
+            for (name, x_RMX), earlier_RPX in zip(inputs.items(), started_RPX, strict=True):
+                x_RPX = _begun(x_RMX[:, :P], masks.inside_RM[:, :P], earlier_RPX)
+                inputs[name] = torch.cat((x_RPX, x_RMX[:, P:]), 1)
+                before[f"{name}_inputs"] = x_RPX
         k_RLGK = self.query_or_key("k", inputs["k"][:, P:], before)
         v_RLHV = self._values(inputs["v"][:, P:], before)
         beta_RLH, g_RLH = self.strengths(x_RMD[:, P:])
-        # Beyond the position nothing is written and nothing forgotten.
+        # Beyond the real tokens nothing is written and nothing forgotten.
         beta_RLH = beta_RLH * masks.real_RL[..., None]
         g_RLH = None if g_RLH is None else g_RLH * masks.real_RL[..., None]
-        after = {"memory": delta_rule(k_RLGK, k_RLGK, v_RLHV, beta_RLH, memory_RHKV, g_BTH=g_RLH).state_BHKV}
-        for name, x_RMX in inputs.items() if P else ():
-            after[f"{name}_inputs"] = x_RMX.gather(1, masks.last_RP[..., None].expand(-1, -1, x_RMX.shape[-1]))
-        return after
+        return delta_rule(k_RLGK, k_RLGK, v_RLHV, beta_RLH, memory_RHKV, g_BTH=g_RLH).state_BHKV, inputs
 
-    def _inputs(self, x_BTD: Tensor) -> dict[str, Tensor]:
-        """What the convolutions read."""
-        return {"q": self.q_proj(x_BTD), "k": self.k_proj(x_BTD), "v": self.v_proj(x_BTD)}
+    def _inputs(self, x_BTD: Tensor, names: str) -> dict[str, Tensor]:
+        """What the convolutions of queries ("q"), keys and values read."""
+        return {name: getattr(self, f"{name}_proj")(x_BTD) for name in names}
 
     def _values(self, input_BTX: Tensor, before: dict[str, Tensor], packing: Packing | None = None) -> Tensor:
         """Values [B, T, H, V]."""
@@ -284,59 +308,89 @@ class DeltaMixer(FastWeightLayer):
 
 
 class Masks(NamedTuple):
-    """Of the tokens that R forks read again: M = P + L of each, the P before a chunk and its own L."""
+    """Of the tokens that R forks read again: M = P + L of each, the P before a chunk and L from there on."""
 
     inside_RM: Tensor
     """bool, whether there is such a token; what stands for others has no meaning."""
     real_RL: Tensor
-    """bool, whether a token of the chunk is at or before the position."""
+    """bool, whether a token is among those to be read."""
     last_RP: Tensor
-    """int64, which of the M tokens are the last P up to the position."""
+    """int64, which of the M tokens are the last P of those."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens that forks read again."""
+
+    tokens: Lookup
+    """The M tokens of each fork."""
+    masks: Masks
+
+    def of(self, x: Tap) -> Tensor:
+        """The layer's inputs [R, M, D] there."""
+        return x.pick(self.tokens).view(*self.masks.inside_RM.shape, -1)
 
 
 @dataclass(frozen=True)
 class Spots:
     """Where forks find what they need; the same for all layers."""
 
-    grid: Lookup
-    """The state before the position's chunk."""
-    tokens: Lookup
-    """The M tokens of each fork."""
+    kept: Lookup
+    """The last memory before the position that was kept."""
+    way: Stretch | None
+    """From there to the position's chunk; None where the memory before every chunk was kept."""
+    chunks: Lookup
+    """The position's chunk."""
+    since: Stretch
+    """From its start to the position."""
     rows_R: Tensor
     """int64, row of the batch."""
-    masks: Masks
 
 
-def _spots(rows: Rows, positions_BC: Tensor, stride: int, P: int) -> Spots:
-    """For forks at these positions of a reading; made once for all layers."""
-    kept = rows.memo.get("spots")
-    if kept is not None and kept[0] is positions_BC and kept[1:3] == (stride, P):
-        return kept[3]
+def _spots(rows: Rows, positions_BC: Tensor, stride: int, chunk: int, P: int) -> Spots:
+    """For forks at these positions of a reading; made once for all layers.
+
+    stride, chunk: tokens between two memories that were kept, and between two that gradients can join.
+    """
+    known = rows.memo.get("spots")
+    if known is not None and known[0] is positions_BC and known[1:4] == (stride, chunk, P):
+        return known[4]
     device, (B, C) = positions_BC.device, positions_BC.shape
-    read_R = (positions_BC + 1).reshape(-1)
+    stop_R = (positions_BC + 1).reshape(-1)
     rows_R = torch.arange(B, device=device).repeat_interleave(C)
-    chunk_R = (read_R - 1).clamp(min=0) // stride
-    at_RM = (chunk_R * stride)[:, None] + torch.arange(-P, min(stride, rows.T), device=device)
+    kept_R, chunk_R = ((stop_R - 1).clamp(min=0) // each for each in (stride, chunk))
     last_R1 = rows.ends_B1[rows_R]
-    inside_RM = (at_RM >= 0) & (at_RM <= last_R1)
-    if rows.packing is None:
-        first_R, first_chunk_R = rows_R * rows.T, rows_R * -(-rows.T // stride)
-    else:
-        first_R, first_chunk_R = rows.packing.starts[rows_R], rows.packing.pieces(stride).starts[rows_R]
-    tokens_RM = first_R[:, None] + at_RM.clamp(min=0).minimum(last_R1)
-    since_R1 = (read_R - chunk_R * stride)[:, None]
+    packing = rows.packing
+    first_R = rows_R * rows.T if packing is None else packing.starts[rows_R]
+
+    def counted(place_R: Tensor, each: int) -> Lookup:
+        """Places of one text after those of another."""
+        before_R = rows_R * -(-rows.T // each) if packing is None else packing.pieces(each).starts[rows_R]
+        return Lookup(before_R + place_R)
+
+    def stretch(start_R: Tensor, stop_R: Tensor, L: int) -> Stretch:
+        at_RM = start_R[:, None] + torch.arange(-P, L, device=device)
+        tokens_RM = first_R[:, None] + at_RM.clamp(min=0).minimum(last_R1)
+        last_RP = (stop_R - start_R)[:, None] + torch.arange(P, device=device)
+        inside_RM = (at_RM >= 0) & (at_RM <= last_R1)
+        return Stretch(Lookup(tokens_RM.flatten()), Masks(inside_RM, at_RM[:, P:] < stop_R[:, None], last_RP))
+
     spots = Spots(
-        Lookup(first_chunk_R + chunk_R),
-        Lookup(tokens_RM.flatten()),
+        counted(kept_R, stride),
+        None if stride == chunk else stretch(kept_R * stride, chunk_R * chunk, stride - chunk),
+        counted(chunk_R, chunk),
+        stretch(chunk_R * chunk, stop_R, min(chunk, rows.T)),
         rows_R,
-        Masks(inside_RM, at_RM[:, P:] < read_R[:, None], since_R1 + torch.arange(P, device=device)),
     )
-    rows.memo["spots"] = (positions_BC, stride, P, spots)
+    rows.memo["spots"] = (positions_BC, stride, chunk, P, spots)
     return spots
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _begun(x_RPX: Tensor, inside_RP: Tensor, earlier_RPX: Tensor | None) -> Tensor:
+    """Inputs of a convolution; those before the text are what was there, or zeros in front of a text that began."""
+    if earlier_RPX is None:
+        return x_RPX * inside_RP[..., None]
+    return torch.where(inside_RP[..., None], x_RPX, earlier_RPX.to(x_RPX))
 
 
 class DeltaLM(CausalLM):
@@ -370,7 +424,7 @@ class DeltaLM(CausalLM):
             return tuple(x for layer in after for x in layer.values())
 
         flat = [x for of_layer in pieces for x in of_layer if x is not None]
-        states = iter(recorded(self, "forks", replay_all, [*spots.masks, *flat]))
+        states = iter(recorded(self, "forks", replay_all, [*spots.since.masks, *flat]))
         names = ["memory", *(f"{name}_inputs" for name in "qkv" if mixers[0].taps > 1)]
         return tuple({name: next(states) for name in names} for _ in mixers)
 

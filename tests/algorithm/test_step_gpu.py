@@ -3,6 +3,7 @@
 import pytest
 import torch
 from refine_kernels import replay
+from refine_kernels.delta_rule import reference
 from refine_kernels.testing import MODEL_TOLERANCE, relative_error
 
 from refine_harness.algorithm import refine_step
@@ -48,7 +49,9 @@ def same(model, got, want):
         torch.testing.assert_close(got[name], x, rtol=0, atol=0, msg=name)
 
 
-def test_replayed_is_run(model, monkeypatch):
+@pytest.mark.parametrize("kept", (32, 2))
+def test_replayed_is_run(model, kept, monkeypatch):
+    monkeypatch.setattr(reference, "KEPT", kept)
     loss(model, 0).backward()
     got = [gradients(model, loss(model, seed)) for seed in (1, 2)]  # replays, of other texts at other positions
     made = branches._SAMPLINGS if isinstance(model, LaCTForCausalLM) else recorded._RECORDINGS

@@ -4,6 +4,7 @@ import pytest
 import torch
 from refine_kernels import Lookup, Packing, delta_rule
 from refine_kernels.choose import ImplementationError
+from refine_kernels.delta_rule import reference
 from refine_kernels.testing import assert_close, poisoned
 from torch.autograd import gradcheck
 
@@ -74,6 +75,28 @@ def test_boundaries_are_the_states_on_the_grid(T, kind):
     grid = rule.boundaries.value
     for n in range(grid.shape[1]):
         assert_close(grid[:, n], states[min(n * rule.stride, T)])
+
+
+@each_kind
+@pytest.mark.parametrize(("T", "stride"), [(64, 64), (150, 128), (300, 192)])
+def test_few_states_are_kept_of_long_texts_and_gradients_join_at_every_chunk(T, stride, kind, monkeypatch):
+    args = inputs(T, **KINDS[kind])
+    whole = run(args, boundaries=True)
+    monkeypatch.setattr(reference, "KEPT", 2)
+    rule = run(args, boundaries=True)
+    every, few = whole.boundaries, rule.boundaries
+    assert every is not None and few is not None and (rule.stride, rule.chunk) == (stride, 64)
+    assert torch.equal(few.value, every.value[:, :: stride // 64])
+    chunks = Lookup(torch.arange(every.value.shape[:2].numel()))
+    want = every.pick(chunks)
+    got = few.join(chunks, want.detach())
+    slope = torch.randn_like(want)
+    grads, wants = (
+        torch.autograd.grad((x * slope).sum() + each.outputs_BTHV.sum(), args)
+        for x, each in ((got, rule), (want, whole))
+    )
+    for name, a, b in zip(NAMES, grads, wants, strict=False):
+        assert torch.equal(a, b), name
 
 
 @each_kind

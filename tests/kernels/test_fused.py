@@ -39,7 +39,7 @@ else:
         swiglu_linear,
         window_step,
     )
-    from refine_kernels.delta_rule.fused import EVERY, state_gradients
+    from refine_kernels.delta_rule.fused import state_gradients
     from refine_kernels.fork_attention import Elsewhere
     from refine_kernels.lact import Chunk, FastWeights, Fresh, Place, kernels, lact, row_norms
     from refine_kernels.lact.reference import map_chunk
@@ -163,13 +163,12 @@ else:
         w, do, dv = (draw(B, T, H, X, dtype=dtype, seed=s).detach() * 0.1 for s, X in ((2, K), (3, V), (4, V)))
         dafter = draw(B, H, K, V, seed=5).detach()
         # Two forks of one state among them.
-        NG = -(-N // EVERY)
-        lookup = Lookup(torch.tensor([0, B * NG - 1, 0, NG // 2], device=DEVICE))
+        lookup = Lookup(torch.tensor([0, B * N - 1, 0, N // 2], device=DEVICE))
         brought = draw(4, H, K, V, dtype=dtype, seed=6).detach()
         arrivals = (lookup, lookup.summed(brought)) if forks else None
-        dgrid = torch.zeros(B * NG, H, K, V, dtype=torch.float64, device=DEVICE)
+        dgrid = torch.zeros(B * N, H, K, V, dtype=torch.float64, device=DEVICE)
         lookup.add(brought.double(), dgrid)
-        dgrid = dgrid.unflatten(0, (B, NG))
+        dgrid = dgrid.unflatten(0, (B, N))
         g = None
         if decay:
             g = -draw(B, T, H, seed=8).detach().abs() * 0.05
@@ -187,8 +186,8 @@ else:
             dv_n = dv_n + (k_n @ S) * torch.exp2(last - g_n)
             wanted_dv.insert(0, dv_n.transpose(1, 2))
             S = torch.exp2(last) * S + 0.7 * (q_n * torch.exp2(g_n)).mT @ do_n - w_n.mT @ dv_n
-            if forks and n % EVERY == 0:
-                S = S + dgrid[:, n // EVERY]
+            if forks:
+                S = S + dgrid[:, n]
         loose = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         wider = 250.0 if ON_GPU and dtype == torch.float32 else 1.0  # products of float32 are rounded to 10 bits there
         assert_close(dh, torch.stack(wanted_dh, 1), "states", wider=wider)
@@ -208,8 +207,8 @@ else:
         parts: Any = [at_tokens(*sizes, seed) for seed, sizes in enumerate([(G, K), (G, K), (H, K), (H, V), (H, V)])]
         g = -draw(1, sum(lengths), H, seed=8).detach().abs() * 0.01 if decay else None
         dafter = draw(len(lengths), H, K, V, seed=5).detach()
-        # One fork of every state of the grid.
-        grid = packing.pieces(64 * EVERY)
+        # One fork of every chunk.
+        grid = packing.pieces(64)
         brought = draw(len(grid.index_N2), H, K, V, dtype=dtype, seed=6).detach()
         arrivals = Lookup(torch.arange(len(brought), device=DEVICE)), brought
         with poisoned():
@@ -257,7 +256,8 @@ else:
 
     @pytest.mark.parametrize("lengths", [(150, 1, 64, 129), (7, 20)], ids=str)
     @pytest.mark.parametrize("decay", (False, True))
-    def test_delta_rule_of_packed_texts(fla_here, lengths, decay):
+    @pytest.mark.parametrize("kept", (1, 32))
+    def test_delta_rule_of_packed_texts(fla_here, lengths, decay, kept, monkeypatch):
         """All of the fused form, fla's kernels included."""
         from refine_kernels.delta_rule import fused, reference
 
@@ -265,17 +265,18 @@ else:
         q, k = (torch.nn.functional.normalize(draw(1, M, G, K, seed=s).detach(), dim=-1) for s in (0, 1))
         text = [q, k, draw(1, M, H, V), draw(1, M, H).sigmoid(), draw(len(lengths), H, K, V) * 0.1]
         text += [-draw(1, M, H, seed=2).abs() * 0.1] if decay else []
-        coarse = packing.pieces(64 * EVERY)
+        monkeypatch.setattr(reference, "KEPT", kept)
+        # Every chunk is forked, the first one twice.
+        chunks = Lookup(torch.tensor([*range(len(packing.pieces(64).index_N2)), 0]))
         results: list[Any] = []
         for ops, dtype in ((fused, torch.float32), (reference, torch.float64)):
             inputs = [x.detach().to(dtype).requires_grad_() for x in text]
             given = {"g_BTH": inputs[5] if decay else None, "packing": packing}
             rule = ops.delta_rule(*inputs[:5], boundaries=True, **given)
-            # Every state of the coarser grid, the first one twice.
-            of_text, place = coarse.index_N2.unbind(1)
-            at = packing.pieces(rule.stride).starts[of_text] + place * (64 * EVERY // rule.stride)
-            states = rule.boundaries.pick(Lookup(torch.cat((at, at[:1]))))
-            outputs = [rule.outputs_BTHV, rule.state_BHKV, states]
+            with torch.no_grad():
+                start = draw(len(chunks.rows_M), H, K, V, seed=7).to(dtype)
+            states = rule.boundaries.join(chunks, start)
+            outputs = [rule.outputs_BTHV, rule.state_BHKV, rule.boundaries.value, states]
             loss: Any = sum((x * draw(*x.shape, seed=9).detach().to(dtype)).sum() for x in outputs)
             grads = torch.autograd.grad(loss, inputs)
             with torch.no_grad():  # a few tokens go another way

@@ -5,6 +5,7 @@ For every native model, in float64, at lengths around the ends of its chunks.
 
 import pytest
 import torch
+from refine_kernels.delta_rule import reference
 from refine_kernels.testing import assert_close
 
 from refine_harness.errors import DataError
@@ -35,6 +36,15 @@ def test_forked_is_reread(model, T):
     want = torch.stack(reread)
     assert_close(forked, want)
     same_gradients(model, probe(model.logits(forked)), probe(model.logits(want)))
+
+
+@pytest.mark.parametrize("kept", (1, 2))
+@pytest.mark.parametrize(
+    ("model", "T"), [(name, T) for name, T in EACH if "delta" in name and T > 64], indirect=["model"]
+)
+def test_forked_is_reread_where_few_states_are_kept(model, T, kept, monkeypatch):
+    monkeypatch.setattr(reference, "KEPT", kept)
+    test_forked_is_reread(model, T)
 
 
 @each_length

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from refine_kernels.delta_rule import reference
 from refine_kernels.testing import assert_close
 from torch import nn
 
@@ -57,6 +58,12 @@ def test_each_text_forks_and_goes_on_as_if_it_had_been_alone(model):
     same_states(together.state, State.cat(states))
     losses = (sum(probe(x, seed) for seed, x in enumerate(each)) for each in (got, want))
     same_gradients(model, *losses)
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if "delta" in name], indirect=True)
+def test_each_text_forks_where_few_states_are_kept(model, monkeypatch):
+    monkeypatch.setattr(reference, "KEPT", 1)
+    test_each_text_forks_and_goes_on_as_if_it_had_been_alone(model)
 
 
 @each_model

@@ -27,7 +27,7 @@ def delta_rule(
     packing: Packing | None = None,
     impl: Impl = "auto",
 ) -> DeltaRule:
-    """Outputs for every token, the final state and, on request, the states at a fixed grid of positions.
+    """Outputs for every token, the final state and, on request, a few states on the way, from which forks can start.
 
     Args:
         q_BTGK, k_BTGK: queries and keys, normalised by the caller, any float dtype. G divides H: memory h is written
@@ -38,7 +38,7 @@ def delta_rule(
         state_BHKV: the state to start from; None for zeros. float32, or float64 for float64 inputs.
         g_BTH: log of the decay, at most 0, float32 or wider; None for a memory that never fades.
         scale: of the outputs; None for K**-0.5.
-        boundaries: whether to return the states on the grid, to be looked up.
+        boundaries: whether to return the states on the way, at most `KEPT` of each text, to be looked up.
         packing: where several texts lie one after another in one row; None for a text in each row. Everything but the
             states then has one row of M tokens, and the states one for each text.
         impl: see `refine_kernels.choose`.

@@ -1,8 +1,8 @@
 """The delta rule on a GPU: flash-linear-attention's kernels, and one of our own where forks need it.
 
 Forward: the chunks' triangular systems, then the states from chunk to chunk, then the outputs. fla's kernel of the
-states already writes the state at the start of every chunk; that tensor is the grid, so forks cost no extra pass. It
-is in the dtype of the inputs, as rounded as what every token of the chunk reads in fla's own forward.
+states already writes the state at the start of every chunk, in the dtype of the inputs, as rounded as what every token
+of the chunk reads in fla's own forward. A few of those are kept; the others can be read again from them.
 
 Backward: a fork's gradient arrives at the start of a chunk and must join the recurrence there. `state_gradients` is
 that recurrence (what fla calls dhu) with such arrivals; all other kernels of the backward are fla's.
@@ -21,15 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from refine_kernels import fla
-from refine_kernels.delta_rule.reference import DeltaRule
+from refine_kernels.delta_rule.reference import DeltaRule, kept, stride_of
 from refine_kernels.lookup import Lookup, Tap, Waiting, anchor_like
 from refine_kernels.packing import Packing
 from refine_kernels.runtime import ceiling, why_no_triton
 
 CHUNK = 64
 LARGEST_KEY = 256
-EVERY = 2
-"""Of the states before each chunk, every second is kept for forks: half the memory, a few more tokens to read again."""
 FEW = 32
 """Up to so many tokens are read one after another where no gradient is wanted: faster than a padded chunk."""
 LOG2_E = 1.4426950408889634
@@ -71,17 +69,18 @@ def delta_rule(
             q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state, output_final_state=True,
             cu_seqlens=None if packing is None else packing.starts,
         )  # fmt: skip
-        return DeltaRule(outputs, after, None, 1)
+        return DeltaRule(outputs, after, None, 1, 1)
     waiting: Waiting = []
-    outputs, after, grid, anchor = _Chunked.apply(q, k, v, beta, g, state, scale, boundaries, packing, waiting)  # pyright: ignore[reportGeneralTypeIssues]
-    if not boundaries:
-        return DeltaRule(outputs, after, None, CHUNK)
-    return DeltaRule(outputs, after, Tap(grid, anchor if outputs.requires_grad else None, waiting), EVERY * CHUNK)
+    stride = stride_of(CHUNK, longest) if boundaries else None
+    outputs, after, grid, anchor = _Chunked.apply(q, k, v, beta, g, state, scale, stride, packing, waiting)  # pyright: ignore[reportGeneralTypeIssues]
+    if stride is None:
+        return DeltaRule(outputs, after, None, CHUNK, CHUNK)
+    return DeltaRule(outputs, after, Tap(grid, anchor if outputs.requires_grad else None, waiting), stride, CHUNK)
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, beta, g, state, scale, boundaries, packing, waiting):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, q, k, v, beta, g, state, scale, stride, packing, waiting):  # pyright: ignore[reportIncompatibleMethodOverride]
         texts = _texts(packing)
         if g is not None:
             g = fla.ops("utils.cumsum").chunk_local_cumsum(g, chunk_size=CHUNK, scale=LOG2_E, **texts)
@@ -95,9 +94,9 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, beta, g, A, state)
         ctx.scale, ctx.packing, ctx.waiting = scale, packing, waiting
         ctx.set_materialize_grads(False)
-        if not boundaries:
+        if stride is None:
             return o, after, None, None
-        grid = h[:, ::EVERY].contiguous() if packing is None else h.index_select(1, _kept(packing))
+        grid = h[:, :: stride // CHUNK].clone() if packing is None else h[:, kept(CHUNK, stride, packing)]
         ctx.mark_non_differentiable(grid)
         return o, after, grid, anchor_like(grid)
 
@@ -131,12 +130,6 @@ class _Chunked(torch.autograd.Function):
 def _texts(packing: Packing | None) -> dict[str, Tensor]:
     """What fla's kernels ask for where texts are packed."""
     return {} if packing is None else {"cu_seqlens": packing.starts, "chunk_indices": packing.pieces(CHUNK).index_N2}
-
-
-def _kept(packing: Packing) -> Tensor:
-    """Which of all chunks are on the grid: every EVERY-th of each text."""
-    text, place = packing.pieces(EVERY * CHUNK).index_N2.unbind(1)
-    return packing.pieces(CHUNK).starts[text] + EVERY * place
 
 
 def _arrivals(waiting: Waiting) -> Arrivals | None:
@@ -176,8 +169,8 @@ def state_gradients(
         dv_BTHV: gradient of what was written, through the outputs of the same chunk.
         g_BTH: base-2 log decay summed within each chunk, float32.
         dafter_BHKV: gradient of the last state.
-        forks: which states at the starts of every EVERY-th chunk were forked, counted over rows and such chunks, and
-            the gradients [M, H, K, V] that they bring, all but zeros at the first of equal entries.
+        forks: which states at the starts of chunks were forked, counted over rows and their chunks, and the gradients
+            [M, H, K, V] that they bring, all but zeros at the first of equal entries.
         wants_start: whether the gradient of the first state is asked for.
         packing: as in `delta_rule`.
 
@@ -185,13 +178,11 @@ def state_gradients(
     """
     B, T, G, K = q_BTGK.shape
     H, V = do_BTHV.shape[2:]
-    N, kept = ceiling(T, CHUNK), B * ceiling(T, EVERY * CHUNK)
-    starts = chunk_starts = kept_starts = None
-    texts = B
+    N, texts, starts, chunk_starts = ceiling(T, CHUNK), B, None, None
     if packing is not None:
-        chunks, grid = packing.pieces(CHUNK), packing.pieces(EVERY * CHUNK)
-        starts, chunk_starts, kept_starts = packing.starts, chunks.starts, grid.starts
-        texts, N, kept = len(packing.lengths), len(chunks.index_N2), len(grid.index_N2)
+        chunks = packing.pieces(CHUNK)
+        starts, chunk_starts = packing.starts, chunks.starts
+        texts, N = len(packing.lengths), len(chunks.index_N2)
     dh = q_BTGK.new_empty(B, N, H, K, V)
     dstart = torch.empty(texts, H, K, V, dtype=torch.float32, device=q_BTGK.device) if wants_start else None
     dv2 = torch.empty_like(dv_BTHV)
@@ -199,16 +190,16 @@ def state_gradients(
     entry_BN, dforks_MHKV = None, None
     if forks is not None:
         lookup, dforks_MHKV = forks
-        entry_BN = torch.full((kept,), -1, dtype=torch.int64, device=q_BTGK.device)
+        entry_BN = torch.full((B * N,), -1, dtype=torch.int64, device=q_BTGK.device)
         entry_BN[lookup.rows_M] = lookup.firsts_M
         dforks_MHKV = dforks_MHKV.contiguous()
     with torch.cuda.device_of(q_BTGK):
         _state_gradients_kernel[(ceiling(V, BV), texts * H)](
             q_BTGK, k_BTGK, w_BTHK, do_BTHV, dv_BTHV, g_BTH,
             None if dafter_BHKV is None else dafter_BHKV.contiguous(),
-            entry_BN, dforks_MHKV, dh, dstart, dv2, starts, chunk_starts, kept_starts, scale, T,
+            entry_BN, dforks_MHKV, dh, dstart, dv2, starts, chunk_starts, scale, T,
             G=G, H=H, K=K, V=V, L=CHUNK, BK=max(16, triton.next_power_of_2(K)), BV=BV,
-            DECAY=g_BTH is not None, AFTER=dafter_BHKV is not None, FORKS=forks is not None, EVERY=EVERY,
+            DECAY=g_BTH is not None, AFTER=dafter_BHKV is not None, FORKS=forks is not None,
             START=wants_start, PACKED=packing is not None, num_warps=4, num_stages=2,
         )  # fmt: skip
     return dh, dstart, dv2
@@ -216,10 +207,10 @@ def state_gradients(
 
 @triton.jit
 def _state_gradients_kernel(
-    q, k, w, do, dv, g, dafter, entries, dforks, dh, dstart, dv2, starts, chunk_starts, kept_starts, scale, T,
+    q, k, w, do, dv, g, dafter, entries, dforks, dh, dstart, dv2, starts, chunk_starts, scale, T,
     G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, AFTER: tl.constexpr, FORKS: tl.constexpr, EVERY: tl.constexpr, START: tl.constexpr,
+    DECAY: tl.constexpr, AFTER: tl.constexpr, FORKS: tl.constexpr, START: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(1) // H).to(tl.int64)
@@ -233,10 +224,10 @@ def _state_gradients_kernel(
         start = tl.load(starts + row)
         T = (tl.load(starts + row + 1) - start).to(tl.int32)
         N = tl.cdiv(T, L)
-        chunk_start, kept_start = tl.load(chunk_starts + row), tl.load(kept_starts + row)
+        chunk_start = tl.load(chunk_starts + row)
     else:
         N = tl.cdiv(T, L)
-        start, chunk_start, kept_start = row * T, row * N, row * tl.cdiv(N, EVERY)
+        start, chunk_start = row * T, row * N
     b_dh = tl.zeros([BK, BV], dtype=tl.float32)
     if AFTER:
         b_dh += tl.load(dafter + (row * H + head) * K * V + of_state, mask=in_state, other=0).to(tl.float32)
@@ -267,8 +258,7 @@ def _state_gradients_kernel(
         b_dh += tl.dot(tl.trans(b_q), b_do) * scale
         b_dh -= tl.dot(tl.trans(b_w), b_dv.to(b_w.dtype))
         if FORKS:
-            entry = tl.load(entries + kept_start + n // EVERY)
-            entry = tl.where(n % EVERY == 0, entry, -1)
+            entry = tl.load(entries + chunk_start + n)
             fork = (tl.maximum(entry, 0) * H + head) * K * V
             b_dh += tl.load(dforks + fork + of_state, mask=in_state & (entry >= 0), other=0).to(tl.float32)
     if START:

@@ -25,6 +25,8 @@ from refine_kernels.lookup import Tap, tapped
 from refine_kernels.packing import Packing
 
 CHUNK = 64
+KEPT = 32
+"""States of each text that are kept for forks: however long it is, they take the memory of so many."""
 
 
 class DeltaRule(NamedTuple):
@@ -34,10 +36,24 @@ class DeltaRule(NamedTuple):
     state_BHKV: Tensor
     """After the last token."""
     boundaries: Tap | None
-    """States before each chunk [B, N, H, K, V]: after 0, stride, 2·stride, ... tokens, all before the last. Of packed
-    texts [1, N, H, K, V], those of one text after another (`Packing.pieces(stride)`)."""
+    """States [B, N, H, K, V] after 0, stride, 2·stride, ... tokens, all before the last. Of packed texts
+    [1, N, H, K, V], those of one text after another (`Packing.pieces(stride)`). Gradients join (`Tap.join`) after 0,
+    chunk, 2·chunk, ... tokens, counted in the same way; where stride is chunk, `Tap.pick` does both."""
     stride: int
-    """Tokens between two boundaries."""
+    """Tokens between two states that are kept, a multiple of chunk."""
+    chunk: int
+    """Tokens between two states that gradients can join."""
+
+
+def stride_of(chunk: int, longest: int) -> int:
+    """Tokens between two states that are kept of texts of which the longest has so many tokens."""
+    return chunk * max(1, -(-longest // (chunk * KEPT)))
+
+
+def kept(chunk: int, stride: int, packing: Packing) -> Tensor:
+    """int64, which of all chunks of packed texts those are whose states are kept."""
+    text, place = packing.pieces(stride).index_N2.unbind(1)
+    return packing.pieces(chunk).starts[text] + stride // chunk * place
 
 
 class _Decay(NamedTuple):
@@ -76,7 +92,12 @@ def delta_rule(
     else:
         L = min(CHUNK, packing.T)
         o_BTHV, after_BHKV, grid_BNHKV = _packed(inputs, state_BHKV, scale, L, packing)
-    return DeltaRule(o_BTHV, after_BHKV, tapped(grid_BNHKV)[1] if boundaries else None, L)
+    if not boundaries:
+        return DeltaRule(o_BTHV, after_BHKV, None, L, L)
+    _, tap = tapped(grid_BNHKV)
+    stride = stride_of(L, v_BTHV.shape[1] if packing is None else packing.T)
+    kept_BNHKV = tap.value[:, :: stride // L] if packing is None else tap.value[:, kept(L, stride, packing)]
+    return DeltaRule(o_BTHV, after_BHKV, Tap(kept_BNHKV, tap.anchor, tap.waiting), stride, L)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
@@ -192,4 +213,4 @@ def _one_token(
         u = torch.baddbmm(v, k, S, alpha=-1) * beta_B1H.to(wide).reshape(B * H, 1, 1)
         S = torch.baddbmm(S, k.transpose(1, 2), u)
         o_B1HV = (q @ S * (K**-0.5 if scale is None else scale)).view(B, 1, H, V).to(v_B1HV.dtype)
-    return DeltaRule(o_B1HV, S.view(B, H, K, V), None, 1)
+    return DeltaRule(o_B1HV, S.view(B, H, K, V), None, 1, 1)
