@@ -224,9 +224,11 @@ class DeltaMixer(FastWeightLayer):
             for name, input_BTX in inputs.items():
                 name = f"{name}_inputs"
                 after[name] = last_inputs(input_BTX, before.get(name), None, self.taps, packing)
-        grid = rule.boundaries, rule.stride, rule.chunk
-        tape = {"x": tap, "grid": grid, "rows": rows, "before": before}
-        return self.o_proj(o_BTHV.flatten(2)), after, tape if forkable else None
+        y_BTD = self.o_proj(o_BTHV.flatten(2))
+        if not forkable:
+            return y_BTD, after, None
+        kept = {"states": rule.boundaries, "stride": rule.stride, "chunk": rule.chunk}
+        return y_BTD, after, {"x": tap, "rows": rows, "before": before, **kept}
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The memory before each position's chunk, and the few tokens since, read again from the layer's own inputs."""
@@ -235,8 +237,7 @@ class DeltaMixer(FastWeightLayer):
 
     def spots(self, tape: Tape, positions_BC: Tensor) -> Spots:
         """Where forks at these positions find what they need; the same for all layers."""
-        _, stride, chunk = tape["grid"]
-        return _spots(tape["rows"], positions_BC, stride, chunk, self.taps - 1)
+        return _spots(tape["rows"], positions_BC, tape["stride"], tape["chunk"], self.taps - 1)
 
     def pieces(self, tape: Tape, spots: Spots) -> tuple[Tensor, Tensor, *tuple[Tensor | None, ...]]:
         """What `replay` needs of this layer: its inputs, the memory before them, and the convolutions' first inputs.
@@ -244,15 +245,14 @@ class DeltaMixer(FastWeightLayer):
         Where not every chunk's memory was kept it is read again from one that was, which needs no gradient: that of the
         fork joins the reading's own at the chunk.
         """
-        grid, _, _ = tape["grid"]
         started = [tape["before"].get(f"{name}_inputs") for name in "qkv"]
         started = [None if x is None else x.index_select(0, spots.rows_R) for x in started]
         with torch.no_grad():
-            memory_RHKV = grid.pick(spots.kept)
+            memory_RHKV = tape["states"].pick(spots.kept)
             if spots.way is not None:
                 x_RMD = spots.way.of(tape["x"])
                 memory_RHKV = self._write(spots.way.masks, x_RMD, memory_RHKV, *started[1:])[0].to(memory_RHKV.dtype)
-        return spots.since.of(tape["x"]), grid.join(spots.chunks, memory_RHKV), *started
+        return spots.since.of(tape["x"]), tape["states"].join(spots.chunks, memory_RHKV), *started
 
     def replay(
         self, masks: Masks, x_RMD: Tensor, memory_RHKV: Tensor, *started_RPX: Tensor | None
