@@ -37,10 +37,10 @@ def median_seconds(run: Callable[[], object], *, repeats: int, warm_up: int = 1)
     """Seconds of each of `repeats` calls after `warm_up` calls, the device idle before and after each."""
     seconds = []
     for number in range(warm_up + repeats):
-        _settle()
+        settle()
         started = time.perf_counter()
         run()
-        _settle()
+        settle()
         if number >= warm_up:
             seconds.append(time.perf_counter() - started)
     return seconds
@@ -95,6 +95,6 @@ def publish(benchmark: str, rows: Sequence[Row], argv: Sequence[str] | None = No
     return path
 
 
-def _settle() -> None:
+def settle() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import anatomy
 import torch
 from ntp import beside_fla
 from refine_kernels.testing import MODEL_TOLERANCE, TOLERANCE, relative_error
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--profile", action="store_true", help="add where the time and memory of a step go")
     asked = parser.parse_args()
     if not asked.layers and asked.shape in SHAPES:
         asked.layers = SHAPES[asked.shape]["num_hidden_layers"]
@@ -74,6 +76,8 @@ def main() -> None:
     batch = documents(model, *[asked.tokens] * asked.documents)
     goals = GOALS.get(asked.shape, {})
     rows += measure(model, batch, goals, asked.repeats)
+    if asked.profile:
+        rows += anatomy_of(model, batch)
     rows.append(at_most("gradient error, forked from re-read", error, allowed, 1, "relative"))
     name = "step" if asked.shape is None else f"step-{asked.shape}"
     print(publish(name, rows))
@@ -177,6 +181,16 @@ def measure(model: FastWeightLM, batch: Batch, goals: dict[str, float], repeats:
         name = "share of the bfloat16 matrix peak, ReFINE step"
         rows.append(at_least(name, rate / available, goals.get("share"), repeats))
     rows.append(Row("tokens per step", float(batch.tokens), "tokens", 1))
+    return rows
+
+
+def anatomy_of(model: FastWeightLM, batch: Batch) -> list[Row]:
+    """Where time and memory go, of steps whose recordings are made."""
+    steps = {"NTP step": NTP, "ReFINE step": REFINE}
+    rows = [row for name, of in steps.items() for row in anatomy.kernels(name, partial(step, model, batch, of))]
+    model.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        rows += anatomy.memory(lambda mark: learn(model, refine_step(model, batch, REFINE, rng(batch), mark=mark)))
     return rows
 
 
