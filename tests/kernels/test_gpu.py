@@ -35,13 +35,14 @@ def test_delta_rule(T, G, H, K, V, decay):
     exact: list[Any] = [x if x is None else x.detach().double().requires_grad_() for x in args]
     want = delta_rule(*exact[:5], g_BTH=exact[5], boundaries=True, impl="reference")
     assert got.boundaries is not None and want.boundaries is not None
-    assert got.boundaries.value.shape == want.boundaries.value.shape
-    # The last state, and the first one twice.
-    states = Lookup(torch.tensor([0, 2 * want.boundaries.value.shape[1] - 1, 0], device="cuda"))
+    # Gradients join at the last chunk, and twice at the first.
+    chunks = Lookup(torch.tensor([0, 2 * want.boundaries.value.shape[1] - 1, 0], device="cuda"))
+    start = draw(3, H, K, V, seed=7)
     pairs = [
         (got.outputs_BTHV, want.outputs_BTHV),
         (got.state_BHKV, want.state_BHKV),
-        (got.boundaries.pick(states), want.boundaries.pick(states)),
+        (got.boundaries.join(chunks, start), want.boundaries.join(chunks, start.double())),
+        (got.boundaries.value, want.boundaries.value[:, :: got.stride // want.stride]),
     ]
     loss: Any = 0
     exact_loss: Any = 0
@@ -67,6 +68,7 @@ def test_delta_rule_of_packed_texts_is_each_text_alone(lengths, G, H, K, V, deca
     q, k, v, beta, _, g = delta_inputs(1, sum(lengths), G, H, K, V, decay)
     state = (draw(len(lengths), H, K, V, seed=3, dtype=torch.float32) * 0.1).requires_grad_()
     at_tokens = [q, k, v, beta, *([g] if decay else [])]
+    starts = [draw(-(-n // 64), H, K, V, seed=7 + n) for n in lengths]  # a fork of every chunk
 
     def results(texts: list[Any]) -> list[Any]:
         parts = []
@@ -76,9 +78,9 @@ def test_delta_rule_of_packed_texts_is_each_text_alone(lengths, G, H, K, V, deca
             g_BTH = g[0] if decay else None
             rule = delta_rule(q, k, v, beta, started, g_BTH=g_BTH, boundaries=True, packing=packing, impl="fused")
             assert rule.boundaries is not None
-            count = rule.boundaries.value.shape[1]
-            every = rule.boundaries.pick(Lookup(torch.arange(count, device="cuda")))
-            parts.append((rule.outputs_BTHV[0], rule.state_BHKV, every))
+            start = torch.cat(starts) if packing is not None else starts[b]
+            forks = rule.boundaries.join(Lookup(torch.arange(len(start), device="cuda")), start)
+            parts.append((rule.outputs_BTHV[0], rule.state_BHKV, forks, rule.boundaries.value[0]))
         outputs = [torch.cat(part) for part in zip(*parts, strict=True)]
         loss: Any = sum((x * draw(*x.shape, seed=i)).sum() for i, x in enumerate(outputs))
         with poisoned():

@@ -26,7 +26,7 @@ from refine_kernels.packing import Packing
 
 CHUNK = 64
 KEPT = 32
-"""States of each text that are kept for forks: however long it is, they take the memory of so many."""
+"""States of each text that are kept for forks, at most: however long it is, they take the memory of so many."""
 
 
 class DeltaRule(NamedTuple):
@@ -45,9 +45,13 @@ class DeltaRule(NamedTuple):
     """Tokens between two states that gradients can join."""
 
 
-def stride_of(chunk: int, longest: int) -> int:
-    """Tokens between two states that are kept of texts of which the longest has so many tokens."""
-    return chunk * max(1, -(-longest // (chunk * KEPT)))
+def stride_of(chunk: int, longest: int, least: int = 1) -> int:
+    """Tokens between two states that are kept of texts of which the longest has so many tokens.
+
+    least: chunks between two of them, where there are as many.
+    """
+    chunks = -(-longest // chunk)
+    return chunk * max(min(least, chunks), -(-chunks // KEPT))
 
 
 def kept(chunk: int, stride: int, packing: Packing) -> Tensor:
@@ -96,8 +100,10 @@ def delta_rule(
         return DeltaRule(o_BTHV, after_BHKV, None, L, L)
     _, tap = tapped(grid_BNHKV)
     stride = stride_of(L, v_BTHV.shape[1] if packing is None else packing.T)
-    kept_BNHKV = tap.value[:, :: stride // L] if packing is None else tap.value[:, kept(L, stride, packing)]
-    return DeltaRule(o_BTHV, after_BHKV, Tap(kept_BNHKV, tap.anchor, tap.waiting), stride, L)
+    if stride > L:
+        few = tap.value[:, :: stride // L].clone() if packing is None else tap.value[:, kept(L, stride, packing)]
+        tap = Tap(few, tap.anchor, tap.waiting)
+    return DeltaRule(o_BTHV, after_BHKV, tap, stride, L)
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
