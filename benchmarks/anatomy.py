@@ -50,10 +50,10 @@ def kernels(name: str, run: Callable[[], object], most: int = 12) -> list[Row]:
     spent: Counter[str] = Counter()
     times: Counter[str] = Counter()
     for event in profiled.key_averages():
-        family = next((family for family, names in FAMILIES.items() if re.search(names, event.key, re.I)), event.key)
-        spent[family] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
-        times[family] += event.count
+        took = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if took:  # what launches kernels is listed, too
+            kind = next((kind for kind, names in FAMILIES.items() if re.search(names, event.key, re.I)), event.key)
+            spent[kind] += took / 1e3
+            times[kind] += event.count
     rows = [Row(f"{name}, all kernels", sum(spent.values()), "ms", sum(times.values()))]
-    return rows + [
-        Row(f"{name}, {family[:60]}", value, "ms", times[family]) for family, value in spent.most_common(most)
-    ]
+    return rows + [Row(f"{name}, {kind[:60]}", value, "ms", times[kind]) for kind, value in spent.most_common(most)]

@@ -96,5 +96,6 @@ def publish(benchmark: str, rows: Sequence[Row], argv: Sequence[str] | None = No
 
 
 def settle() -> None:
+    """Wait until the device has done all that it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from refine_kernels import fla
+from refine_kernels.choose import ImplementationError
 from refine_kernels.delta_rule import delta_rule
 from refine_kernels.lookup import Lookup
 
@@ -49,12 +50,11 @@ def tune(shapes: tuple[Shape, ...] = COMMON, path: Path | None = None, say: Call
 
     Raises ImplementationError when the kernels cannot run here.
     """
-    from refine_kernels.choose import ImplementationError
-
-    if not torch.cuda.is_available():
-        raise ImplementationError("there is nothing to tune: torch sees no GPU here")
-    if (reason := fla.why_not()) is not None:
-        raise ImplementationError(f"there is nothing to tune: {reason}")
+    reason = fla.why_not() if torch.cuda.is_available() else "torch sees no GPU here"
+    if reason is not None:
+        raise ImplementationError(
+            f"there is nothing to tune: {reason}. Run it on the machine whose GPU you want to use"
+        )
     path = path or fla.user_folder() / fla.file_name()
     fla.searching = True
     for number, shape in enumerate(shapes, start=1):

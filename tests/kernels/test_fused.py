@@ -276,8 +276,8 @@ else:
             with torch.no_grad():
                 start = draw(len(chunks.rows_M), H, K, V, seed=7).to(dtype)
             states = rule.boundaries.join(chunks, start)
-            kept_by_both = reference.kept(rule.stride, 192 if kept == 1 else 128, packing)
-            outputs = [rule.outputs_BTHV, rule.state_BHKV, rule.boundaries.value[:, kept_by_both], states]
+            kept_by_both = reference.kept(rule.boundaries.value, rule.stride, 192 if kept == 1 else 128, packing)
+            outputs = [rule.outputs_BTHV, rule.state_BHKV, kept_by_both, states]
             loss: Any = sum((x * draw(*x.shape, seed=9).detach().to(dtype)).sum() for x in outputs)
             grads = torch.autograd.grad(loss, inputs)
             with torch.no_grad():  # a few tokens go another way

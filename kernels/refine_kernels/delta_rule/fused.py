@@ -98,7 +98,7 @@ class _Chunked(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if stride is None:
             return o, after, None, None
-        grid = h[:, :: stride // CHUNK].clone() if packing is None else h[:, kept(CHUNK, stride, packing)]
+        grid = kept(h, CHUNK, stride, packing)
         ctx.mark_non_differentiable(grid)
         return o, after, grid, anchor_like(grid)
 

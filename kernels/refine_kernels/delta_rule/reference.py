@@ -54,10 +54,12 @@ def stride_of(chunk: int, longest: int, least: int = 1) -> int:
     return chunk * max(min(least, chunks), -(-chunks // KEPT))
 
 
-def kept(chunk: int, stride: int, packing: Packing) -> Tensor:
-    """int64, which of all chunks of packed texts those are whose states are kept."""
+def kept(states_BNHKV: Tensor, chunk: int, stride: int, packing: Packing | None) -> Tensor:
+    """A copy of those that are kept of the states before every chunk."""
+    if packing is None:
+        return states_BNHKV[:, :: stride // chunk].clone()
     text, place = packing.pieces(stride).index_N2.unbind(1)
-    return packing.pieces(chunk).starts[text] + stride // chunk * place
+    return states_BNHKV[:, packing.pieces(chunk).starts[text] + stride // chunk * place]
 
 
 class _Decay(NamedTuple):
@@ -101,8 +103,7 @@ def delta_rule(
     _, tap = tapped(grid_BNHKV)
     stride = stride_of(L, v_BTHV.shape[1] if packing is None else packing.T)
     if stride > L:
-        few = tap.value[:, :: stride // L].clone() if packing is None else tap.value[:, kept(L, stride, packing)]
-        tap = Tap(few, tap.anchor, tap.waiting)
+        tap = Tap(kept(tap.value, L, stride, packing), tap.anchor, tap.waiting)
     return DeltaRule(o_BTHV, after_BHKV, tap, stride, L)
 
 
