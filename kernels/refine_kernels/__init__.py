@@ -5,11 +5,12 @@ the same faster, and the folder's `__init__.py` is its only public name. `choose
 runs. Nothing here knows of models, training or evaluation.
 """
 
-from refine_kernels.delta_rule import DeltaRule, delta_rule
+from refine_kernels.delta_rule import DeltaRule, delta_rule, delta_state
 from refine_kernels.fork_attention import fork_attention
 from refine_kernels.lact import LaCT, lact
 from refine_kernels.lact_step import lact_step
 from refine_kernels.linear_head import Known, linear_head
+from refine_kernels.linears import linears
 from refine_kernels.lookup import Lookup, Tap, tapped
 from refine_kernels.normed_heads import add_normed_heads
 from refine_kernels.packing import Packing, picked, placed
@@ -34,12 +35,14 @@ __all__ = [
     "add_normed_heads",
     "add_rms_norm",
     "delta_rule",
+    "delta_state",
     "fork_attention",
     "gated_rms_norm",
     "lact",
     "lact_step",
     "last_inputs",
     "linear_head",
+    "linears",
     "picked",
     "placed",
     "rms_norm",

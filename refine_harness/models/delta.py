@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from refine_kernels import Lookup, Packing, Tap, delta_rule, last_inputs, short_conv, tapped
+from refine_kernels import Lookup, Packing, Tap, delta_rule, delta_state, last_inputs, short_conv, tapped
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from refine_harness.errors import ModelError
 from refine_harness.models.attention import Attention, attention_specs
 from refine_harness.models.base import FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import Block, CausalLM, GatedRMSNorm, Linear, RMSNorm, ShortConvolution
+from refine_harness.models.modules import Block, CausalLM, GatedRMSNorm, Linear, RMSNorm, ShortConvolution, each
 from refine_harness.models.recorded import recorded
 
 
@@ -172,34 +172,33 @@ class DeltaMixer(FastWeightLayer):
             self.o_norm = GatedRMSNorm(heads.value_size, config.norm_eps, gate)
         self.o_proj = Linear(values, D, bias=False)
 
-    def strengths(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """How strongly each token writes, beta [B, T, H], and the log decay before it, [B, T, H]; None for no decay."""
+    controls: str = ""
+    """Which projections, besides those of queries, keys and values, say how a token writes."""
+
+    def strengths(self, said: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """How strongly each token writes, beta [B, T, H], and the log decay before it, [B, T, H]; None for no decay.
+
+        said: what the projections say of the tokens, `controls` and values at least.
+        """
         raise NotImplementedError
 
-    def query_or_key(
-        self, name: str, x_BTD: Tensor, before: dict[str, Tensor], packing: Packing | None = None
-    ) -> Tensor:
+    def query_or_key(self, name: str, x_BTD: Tensor, around: Around) -> Tensor:
         """The projected queries ("q") or keys ("k") as the delta rule takes them, [B, T, G, K]."""
-        y_BTD = self.mixed(name, x_BTD, before, packing, unit_heads=self.heads.keys)
+        y_BTD = self.mixed(name, x_BTD, around, unit_heads=self.heads.keys)
         return y_BTD.unflatten(-1, (self.heads.keys, -1))
 
     def mixed(
-        self,
-        name: str,
-        x_BTD: Tensor,
-        before: dict[str, Tensor],
-        packing: Packing | None = None,
-        *,
-        silu: bool = True,
-        unit_heads: int | None = None,
+        self, name: str, x_BTD: Tensor, around: Around, *, silu: bool = True, unit_heads: int | None = None
     ) -> Tensor:
         """Convolution, activation and norm in one pass; a layer without convolution has one of one tap, which is 1."""
         if self.use_short_conv:
-            weight_DW = getattr(self, f"{name}_conv1d").weight[:, 0]
+            weight_DW, packing = getattr(self, f"{name}_conv1d").weight[:, 0], around.packing
         else:  # no token meets another, so where texts end does not matter
             weight_DW, packing = x_BTD.new_ones(x_BTD.shape[-1], 1), None
-        started = before.get(f"{name}_inputs")
-        return short_conv(x_BTD, weight_DW, started, silu=silu, unit_heads=unit_heads, packing=packing)
+        started = around.before.get(f"{name}_inputs")
+        return short_conv(
+            x_BTD, weight_DW, started, silu=silu, unit_heads=unit_heads, packing=packing, leading=around.leading
+        )
 
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
@@ -208,22 +207,23 @@ class DeltaMixer(FastWeightLayer):
         tap = None
         if forkable:
             x_BTD, tap = tapped(x_BTD)
-        inputs = self._inputs(x_BTD, "qkv")
+        said = self._projected(x_BTD, "qkv" + self.controls + ("g" if self.gated else ""))
         packing = rows.packing
-        q_BTGK, k_BTGK = (self.query_or_key(name, inputs[name], before, packing) for name in "qk")
-        v_BTHV = self._values(inputs["v"], before, packing)
-        beta_BTH, g_BTH = self.strengths(x_BTD)
+        around = Around(before, packing)
+        q_BTGK, k_BTGK = (self.query_or_key(name, said[name], around) for name in "qk")
+        v_BTHV = self._values(said["v"], around)
+        beta_BTH, g_BTH = self.strengths(said)
         memory_BHKV = before.get("memory")
         rule = delta_rule(
             q_BTGK, k_BTGK, v_BTHV, beta_BTH, memory_BHKV, g_BTH=g_BTH, boundaries=forkable, packing=packing
         )
         o_BTHV = rule.outputs_BTHV
-        o_BTHV = self.o_norm(o_BTHV, self.g_proj(x_BTD).view_as(o_BTHV)) if self.gated else self.o_norm(o_BTHV)
+        o_BTHV = self.o_norm(o_BTHV, said["g"].view_as(o_BTHV)) if self.gated else self.o_norm(o_BTHV)
         after = {"memory": rule.state_BHKV}
         if self.use_short_conv:
-            for name, input_BTX in inputs.items():
-                name = f"{name}_inputs"
-                after[name] = last_inputs(input_BTX, before.get(name), None, self.taps, packing)
+            for name in "qkv":
+                started = before.get(f"{name}_inputs")
+                after[f"{name}_inputs"] = last_inputs(said[name], started, None, self.taps, packing)
         y_BTD = self.o_proj(o_BTHV.flatten(2))
         if not forkable:
             return y_BTD, after, None
@@ -250,7 +250,7 @@ class DeltaMixer(FastWeightLayer):
         with torch.no_grad():
             memory_RHKV = tape["states"].pick(spots.kept)
             if spots.way is not None:
-                x_RMD = spots.way.of(tape["x"])
+                x_RMD = spots.way.of(tape["x"]) * spots.way.masks.inside_RM[..., None]
                 memory_RHKV = self._write(spots.way.masks, x_RMD, memory_RHKV, *started[1:])[0].to(memory_RHKV.dtype)
         return spots.since.of(tape["x"]), tape["states"].join(spots.chunks, memory_RHKV), *started
 
@@ -262,49 +262,60 @@ class DeltaMixer(FastWeightLayer):
         started_RPX: for queries, keys and values, the inputs of the convolution before the text's first token; None for
             a text that began there.
         """
-        memory_RHKV, inputs = self._write(masks, x_RMD, memory_RHKV, *started_RPX[1:])
+        # Before a text's first token there is nothing.
+        x_RMD = x_RMD * masks.inside_RM[..., None]
+        memory_RHKV, said = self._write(masks, x_RMD, memory_RHKV, *started_RPX[1:])
         after = {"memory": memory_RHKV}
         if self.taps == 1:
             return after
         last_RP1 = masks.last_RP[..., None]
         # No query is asked here: those few are projected that the convolution will ask for.
         x_RPD = x_RMD.gather(1, last_RP1.expand(-1, -1, x_RMD.shape[-1]))
-        q_RPX, earlier_RPX = self._inputs(x_RPD, "q")["q"], started_RPX[0]
+        q_RPX, earlier_RPX = self.q_proj(x_RPD), started_RPX[0]
         if earlier_RPX is not None:
             first_RP1 = last_RP1.clamp(max=self.taps - 2)
             earlier_RPX = earlier_RPX.gather(1, first_RP1.expand(-1, -1, earlier_RPX.shape[-1]))
-        after["q_inputs"] = _begun(q_RPX, masks.inside_RM.gather(1, masks.last_RP), earlier_RPX)
-        for name, x_RMX in inputs.items():
+            q_RPX = _begun(q_RPX, masks.inside_RM.gather(1, masks.last_RP), earlier_RPX)
+        after["q_inputs"] = q_RPX
+        for name in "kv":
+            x_RMX = said[name]
             after[f"{name}_inputs"] = x_RMX.gather(1, last_RP1.expand(-1, -1, x_RMX.shape[-1]))
         return after
 
     def _write(
         self, masks: Masks, x_RMD: Tensor, memory_RHKV: Tensor, *started_RPX: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The memory after each row's real tokens, and what the convolutions of keys and values read, [R, M, X]."""
+        """The memory after each row's real tokens, and what the projections say, [R, M, X]."""
         P = self.taps - 1
-        inputs = self._inputs(x_RMD, "kv")
-        before = {}
-        if P:  # in front of the text's first token stands the state that the reading started from
-            for (name, x_RMX), earlier_RPX in zip(inputs.items(), started_RPX, strict=True):
-                x_RPX = _begun(x_RMX[:, :P], masks.inside_RM[:, :P], earlier_RPX)
-                inputs[name] = torch.cat((x_RPX, x_RMX[:, P:]), 1)
-                before[f"{name}_inputs"] = x_RPX
-        k_RLGK = self.query_or_key("k", inputs["k"][:, P:], before)
-        v_RLHV = self._values(inputs["v"][:, P:], before)
-        beta_RLH, g_RLH = self.strengths(x_RMD[:, P:])
+        said = self._projected(x_RMD, "kv" + self.controls)
+        for name, earlier_RPX in zip("kv", started_RPX, strict=True):
+            if P and earlier_RPX is not None:
+                said[name] = _begun(said[name], masks.inside_RM[:, :P], earlier_RPX)
+        around = Around({}, None, leading=True)
+        k_RLGK, v_RLHV = self.query_or_key("k", said["k"], around), self._values(said["v"], around)
+        beta_RLH, g_RLH = self.strengths({name: x_RMX[:, P:] for name, x_RMX in said.items()})
         # Beyond the real tokens nothing is written and nothing forgotten.
         beta_RLH = beta_RLH * masks.real_RL[..., None]
         g_RLH = None if g_RLH is None else g_RLH * masks.real_RL[..., None]
-        return delta_rule(k_RLGK, k_RLGK, v_RLHV, beta_RLH, memory_RHKV, g_BTH=g_RLH).state_BHKV, inputs
+        return delta_state(k_RLGK, v_RLHV, beta_RLH, memory_RHKV, g_BTH=g_RLH), said
 
-    def _inputs(self, x_BTD: Tensor, names: str) -> dict[str, Tensor]:
-        """What the convolutions of queries ("q"), keys and values read."""
-        return {name: getattr(self, f"{name}_proj")(x_BTD) for name in names}
+    def _projected(self, x_BTD: Tensor, names: str) -> dict[str, Tensor]:
+        """What the projections of these names say: queries ("q"), keys, values, the output's gate ("g"), controls."""
+        return dict(zip(names, each(x_BTD, *(getattr(self, f"{name}_proj") for name in names)), strict=True))
 
-    def _values(self, input_BTX: Tensor, before: dict[str, Tensor], packing: Packing | None = None) -> Tensor:
+    def _values(self, input_BTX: Tensor, around: Around) -> Tensor:
         """Values [B, T, H, V]."""
-        return self.mixed("v", input_BTX, before, packing).unflatten(-1, (self.heads.values, -1))
+        return self.mixed("v", input_BTX, around).unflatten(-1, (self.heads.values, -1))
+
+
+class Around(NamedTuple):
+    """What the convolutions meet before the first of the tokens, and where texts end."""
+
+    before: dict[str, Tensor]
+    """Their last inputs before, by name; none for texts that begin."""
+    packing: Packing | None
+    leading: bool = False
+    """Whether the inputs before are the first of those that they get, and give no outputs."""
 
 
 class Masks(NamedTuple):
@@ -386,11 +397,11 @@ def _spots(rows: Rows, positions_BC: Tensor, stride: int, chunk: int, P: int) ->
     return spots
 
 
-def _begun(x_RPX: Tensor, inside_RP: Tensor, earlier_RPX: Tensor | None) -> Tensor:
-    """Inputs of a convolution; those before the text are what was there, or zeros in front of a text that began."""
-    if earlier_RPX is None:
-        return x_RPX * inside_RP[..., None]
-    return torch.where(inside_RP[..., None], x_RPX, earlier_RPX.to(x_RPX))
+def _begun(x_RMX: Tensor, inside_RP: Tensor, earlier_RPX: Tensor) -> Tensor:
+    """Inputs of a convolution, of which the first P that lie before the text are what the reading started from."""
+    P = inside_RP.shape[1]
+    first_RPX = torch.where(inside_RP[..., None], x_RMX[:, :P], earlier_RPX.to(x_RMX))
+    return torch.cat((first_RPX, x_RMX[:, P:]), 1)
 
 
 class DeltaLM(CausalLM):

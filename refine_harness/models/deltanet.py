@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from refine_kernels import Packing, short_conv
+from refine_kernels import short_conv
 from torch import Tensor
 
 from refine_harness.errors import ModelError
-from refine_harness.models.delta import DeltaConfig, DeltaLM, DeltaMixer, Heads, Options, check_options, whole
+from refine_harness.models.delta import Around, DeltaConfig, DeltaLM, DeltaMixer, Heads, Options, check_options, whole
 from refine_harness.models.modules import Linear
 
 
@@ -68,19 +68,19 @@ class DeltaNet(DeltaMixer):
         self.use_beta = config.use_beta
         if config.use_beta:
             self.b_proj = Linear(config.hidden_size, H, bias=False)
+            self.controls = "b"
 
-    def strengths(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def strengths(self, said: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         if not self.use_beta:
-            return x_BTD.new_full((*x_BTD.shape[:2], self.heads.values), self.beta_scale), None
-        return self.b_proj(x_BTD).sigmoid() * self.beta_scale, None
+            v_BTX = said["v"]
+            return v_BTX.new_full((*v_BTX.shape[:2], self.heads.values), self.beta_scale), None
+        return said["b"].sigmoid() * self.beta_scale, None
 
-    def query_or_key(
-        self, name: str, x_BTD: Tensor, before: dict[str, Tensor], packing: Packing | None = None
-    ) -> Tensor:
+    def query_or_key(self, name: str, x_BTD: Tensor, around: Around) -> Tensor:
         """silu belongs to the convolution; the other activations follow it, and the norm follows them."""
         heads, silu = self.heads.keys, self.qk_activation == "silu"
         in_one_pass = self.qk_norm == "l2" and self.qk_activation in ("silu", "identity")
-        y_BTD = self.mixed(name, x_BTD, before, packing, silu=silu, unit_heads=heads if in_one_pass else None)
+        y_BTD = self.mixed(name, x_BTD, around, silu=silu, unit_heads=heads if in_one_pass else None)
         if self.qk_activation == "relu":
             y_BTD = y_BTD.relu()
         elif self.qk_activation == "elu":

@@ -51,6 +51,8 @@ _BUILT: Options = {"output_gate_activation": ("swish", "silu", "sigmoid")}
 class GatedDeltaNet(DeltaMixer):
     """A memory that fades at a rate of each head and each token."""
 
+    controls = "ab"
+
     def __init__(self, config: GatedDeltaNetConfig):
         G, H = config.num_heads, config.num_v_heads or config.num_heads
         if H % G:
@@ -72,11 +74,11 @@ class GatedDeltaNet(DeltaMixer):
         initialization.copy_(self.A_log, rate_H.log())
         initialization.copy_(self.dt_bias, step_H.expm1().log())
 
-    def strengths(self, x_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
-        wide = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
-        beta_BTH = self.b_proj(x_BTD).to(wide).sigmoid() * self.beta_scale
+    def strengths(self, said: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        wide = torch.float64 if said["b"].dtype == torch.float64 else torch.float32
+        beta_BTH = said["b"].to(wide).sigmoid() * self.beta_scale
         rate_H, dt_bias_H = self.A_log.to(wide).exp(), self.dt_bias.to(wide)
-        return beta_BTH, -rate_H * F.softplus(self.a_proj(x_BTD).to(wide) + dt_bias_H)
+        return beta_BTH, -rate_H * F.softplus(said["a"].to(wide) + dt_bias_H)
 
 
 class GatedDeltaNetForCausalLM(DeltaLM):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from refine_kernels import (
     lact_step,
     last_inputs,
     shared_qkv,
-    thin_linears,
     window_attention,
     window_step,
 )
@@ -34,7 +33,7 @@ from transformers import PretrainedConfig
 
 from refine_harness.errors import ModelError
 from refine_harness.models.base import Branch, FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import Block, CausalLM, Linear, RMSNorm, hooked, plain, thin, turns
+from refine_harness.models.modules import Block, CausalLM, Linear, RMSNorm, each, hooked, plain, turns
 
 HEAD_NORM_EPS = 1e-5
 """Of the norms inside a layer: fla's default, which the published code leaves as it is."""
@@ -290,22 +289,14 @@ class LaCTMixer(FastWeightLayer):
         return _MixerBranch(self, tape["read"].reader_at(positions_BC), keys_BTAI, values_BTAI, positions_BC)
 
     def _linear(self, x_BTD: Tensor) -> tuple[Tensor, Controls]:
-        """Queries, keys and values side by side, and what the small projections say.
-
-        These have so few outputs that their products cost far more than reading the tokens: without adapters they are
-        one, with outputs filled up to a number that matrix units take.
-        """
+        """Queries, keys and values side by side, and what the small projections say."""
         scaled, kept = self.config.learnable_ttt_scale, self.config.use_momentum
         small = [self.lr_proj, *([self.ttt_scale_proj] if scaled else ()), *([self.momentum_proj[0]] if kept else ())]
         if (kept and hooked(self.momentum_proj)) or not all(map(plain, small)):
             momentum_BTH = self.momentum_proj(x_BTD) if kept else None
             gate_BTH = self.ttt_scale_proj(x_BTD) if scaled else None
             return self.qkv(x_BTD), Controls(self.lr_proj(x_BTD), momentum_BTH, gate_BTH, raw=not kept)
-        maps = [(of.weight, of.bias) for of in cast(Sequence[nn.Linear], (self.qkv, *small))]
-        if thin(x_BTD, self.qkv, *small):
-            qkv_BTX, *said = thin_linears(x_BTD, maps)
-        else:
-            qkv_BTX, said = self.qkv(x_BTD), _joined(x_BTD, maps[1:])
+        qkv_BTX, *said = each(x_BTD, self.qkv, *small)
         return qkv_BTX, Controls(said[0], said[-1] if kept else None, said[1] if scaled else None, raw=True)
 
     def used_twice(self, qkv_BTX: Tensor, rows: Rows) -> SharedQKV:
@@ -413,20 +404,6 @@ class LaCTMixer(FastWeightLayer):
             if config.fp32_states:
                 w0, w1, w2 = _wide(w0), _wide(w1), _wide(w2)
         return Fresh((w0, w1, w2), B, momentum=config.use_momentum, prenorm=config.ttt_prenorm)
-
-
-ALIGNED = 8
-"""Outputs of a matrix product come in multiples of so many: 16 bytes of a narrow dtype."""
-
-
-def _joined(x: Tensor, maps: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
-    """x @ weight^T + bias for each, as one product with all weights and zeros up to an aligned number of outputs."""
-    weights, biases = zip(*maps, strict=True)
-    sizes = [len(w) for w in weights]
-    fill = -sum(sizes) % ALIGNED
-    weight = torch.cat((*weights, weights[0].new_zeros(fill, x.shape[-1])))
-    bias = torch.cat((*biases, biases[0].new_zeros(fill)))
-    return F.linear(x, weight, bias).split((*sizes, fill), -1)[:-1]
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from refine_kernels import (
     Turns,
     add_rms_norm,
     gated_rms_norm,
+    linears,
     rms_norm,
     swiglu,
     swiglu_linear,
     thin_linear,
+    thin_linears,
     thin_swiglu,
 )
 from refine_kernels.rotary import turns as angles
@@ -56,6 +58,16 @@ def thin(x: Tensor, *layers: nn.Module) -> bool:
     if torch.is_grad_enabled() or x.numel() > (FEW if len(layers) > 1 else ALONE) * x.shape[-1]:
         return False
     return compute_dtype(x) == x.dtype and all(plain(of) and _weight(of).dtype == x.dtype for of in layers)
+
+
+def each(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each of several layers makes of the same x; of plain linear maps in fewer passes over x and its gradient."""
+    maps = [(of.weight, of.bias) for of in cast(Sequence[nn.Linear], layers)] if all(map(plain, layers)) else []
+    if len(maps) < 2:
+        return [of(x) for of in layers]
+    if thin(x, *layers):
+        return list(thin_linears(x, maps))
+    return linears(x, maps)
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -120,7 +132,7 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if thin(x, self.gate_proj, self.up_proj):
             return self.down_proj(thin_swiglu(x, self.gate_proj.weight, self.up_proj.weight))
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = each(x, self.gate_proj, self.up_proj)
         if plain(self.down_proj):
             return swiglu_linear(gate, up, self.down_proj.weight)
         return self.down_proj(swiglu(gate, up))  # an adapter stands in its place

@@ -30,6 +30,7 @@ else:
         fork_attention,
         gated_rms_norm,
         linear_head,
+        linears,
         replay,
         rms_norm,
         rotary,
@@ -39,12 +40,13 @@ else:
         swiglu_linear,
         window_step,
     )
-    from refine_kernels.delta_rule.fused import state_gradients
+    from refine_kernels.delta_rule.fused import state_gradients, states
     from refine_kernels.fork_attention import Elsewhere
     from refine_kernels.lact import Chunk, FastWeights, Fresh, Place, kernels, lact, row_norms
     from refine_kernels.lact.reference import map_chunk
     from refine_kernels.linear_head import fused as head
     from refine_kernels.rotary import turns
+    from refine_kernels.short_conv import fused as conv
 
     DTYPES = (torch.float32, torch.bfloat16) if ON_GPU else (torch.float32,)
     dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,6 +109,21 @@ else:
         x, weight, before = draw(2, T, D, dtype=dtype), draw(D, W, dtype=dtype), draw(2, W - 1, D, dtype=dtype)
         compare(short_conv, [x, weight], **settings)
         compare(short_conv, [x, weight, before], **settings)
+        if T >= W:
+            compare(short_conv, [x, weight], leading=True, **settings)
+
+    @dtypes
+    def test_short_convolution_over_several_blocks(dtype, monkeypatch):
+        monkeypatch.setattr(conv, "WALK", 32)
+        x, weight, bias = draw(1, 100, 20, dtype=dtype), draw(20, 4, dtype=dtype), draw(20, dtype=dtype)
+        compare(short_conv, [x, weight])
+        compare(short_conv, [x, weight], leading=True)
+        compare(short_conv, [x, weight], packing=packed(70, 1, 29))
+
+        def biased(x, weight, bias, impl):
+            return short_conv(x, weight, bias_D=bias, impl=impl)
+
+        compare(biased, [x, weight, bias])
 
     @dtypes
     def test_short_convolution_with_bias(dtype):
@@ -230,22 +247,69 @@ else:
             else:
                 assert torch.equal(x, torch.cat(each, dim))
 
+    @dtypes
+    @pytest.mark.parametrize("T", (1, 64, 150))
+    @pytest.mark.parametrize(("decay", "started"), [(False, False), (True, True)])
+    def test_states(dtype, T, decay, started):
+        B, G, H, K, V, N = 2, 1, 2, 20, 40, -(-T // 64)
+        k, w, u = (
+            draw(B, T, heads, X, dtype=dtype, seed=i).detach() * 0.2
+            for i, (heads, X) in enumerate([(G, K), (H, K), (H, V)])
+        )
+        first = draw(B, H, K, V, seed=5).detach() if started else None
+        g = None
+        if decay:
+            g = -draw(B, T, H, seed=8).detach().abs() * 0.05
+            g = torch.cat([piece.cumsum(1) for piece in g.split(64, 1)], 1).contiguous()
+        with poisoned():
+            h, written, after = states(k, w, u, g, first, True)
+            nothing, unsaid, alone = states(k, w, u, g, first, False)
+        assert nothing is None and unsaid is None and torch.equal(after, alone)
+        # The definition, a chunk at a time, in float64.
+        each = [x.double() for x in (k.repeat_interleave(H // G, 2), w, u)]
+        S = torch.zeros(B, H, K, V, dtype=torch.float64, device=DEVICE) if first is None else first.double()
+        wanted_h, wanted_v = [], []
+        for n in range(N):
+            k_n, w_n, u_n = (x[:, 64 * n : 64 * n + 64].transpose(1, 2) for x in each)
+            g_n = torch.zeros_like(k_n[..., :1]) if g is None else g[:, 64 * n : 64 * n + 64].double().mT[..., None]
+            last = g_n[..., -1:, :]
+            wanted_h.append(S)
+            v_n = u_n - w_n @ S
+            wanted_v.append(v_n.transpose(1, 2))
+            S = torch.exp2(last) * S + (k_n * torch.exp2(last - g_n)).mT @ v_n
+        loose = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        wider = 250.0 if ON_GPU and dtype == torch.float32 else 1.0  # products of float32 are rounded to 10 bits there
+        assert h is not None and written is not None
+        assert_close(h, torch.stack(wanted_h, 1), "states", wider=wider)
+        assert_close(written, torch.cat(wanted_v, 1), "what was written", wider=wider)
+        assert_close(after.to(loose), S, "last state", wider=wider)
+
+    @dtypes
+    def test_states_of_packed_texts_are_those_of_each_alone(dtype):
+        lengths, G, H, K, V = (150, 1, 64, 129), 1, 2, 20, 24
+        M = sum(lengths)
+        k, w, u = (draw(1, M, heads, X, dtype=dtype).detach() * 0.2 for heads, X in ((G, K), (H, K), (H, V)))
+        g = -draw(1, M, H, seed=8).detach().abs() * 0.01
+        first = draw(len(lengths), H, K, V, seed=5).detach()
+        with poisoned():
+            got = states(k, w, u, g, first, True, packed(*lengths))
+        texts = zip(*(x.split(lengths, 1) for x in (k, w, u, g)), strict=True)
+        alone = [states(*(x.contiguous() for x in text), first[b : b + 1], True) for b, text in enumerate(texts)]
+        each_of: Any = zip(*alone, strict=True)
+        for x, each, dim in zip(got, each_of, (1, 1, 0), strict=True):
+            assert x is not None
+            if ON_GPU:  # where tiles are compiled for lengths, which changes the order of sums
+                assert_close(x, torch.cat(each, dim))
+            else:
+                assert torch.equal(x, torch.cat(each, dim))
+
     @pytest.fixture
     def fla_here(monkeypatch):
-        """fla's kernels in the interpreter: one choice of tile sizes each, and loops that count in tensors."""
+        """fla's kernels in the interpreter: one choice of tile sizes each."""
         if not INTERPRETED:
             pytest.skip("tests/kernels/test_gpu.py runs them")
-        import numpy as np
-        import triton.language as tl
-        from fla.ops.common import chunk_delta_h
         from refine_kernels import fla
-        from triton.runtime.interpreter import TensorHandle
 
-        def counted(*bounds):
-            for i in range(*(int(bound) for bound in bounds)):
-                yield tl.core.tensor(TensorHandle(np.array([i], dtype=np.int32), tl.int32), tl.int32)
-
-        monkeypatch.setattr(chunk_delta_h, "range", counted, raising=False)
         monkeypatch.setattr(fla, "load_tuned", lambda: 0)
         for name in ("chunk_fwd", "wy_fast", "fused_recurrent"):
             fla.ops(f"gated_delta_rule.{name}")
@@ -285,6 +349,46 @@ else:
             results.append([*outputs, *grads])
         for i, (got, want) in enumerate(zip(*results, strict=True)):
             assert_close(got, want, f"result {i}")
+
+    @pytest.mark.parametrize("T", (5, 70))
+    @pytest.mark.parametrize("decay", (False, True))
+    def test_a_state_that_nobody_reads(fla_here, T, decay):
+        from refine_kernels.delta_rule import fused, reference
+
+        B, G, H, K, V = 2, 1, 2, 16, 32
+        k = torch.nn.functional.normalize(draw(B, T, G, K).detach(), dim=-1)
+        text = [k, draw(B, T, H, V), draw(B, T, H).sigmoid(), draw(B, H, K, V) * 0.1]
+        text += [-draw(B, T, H, seed=2).abs() * 0.1] if decay else []
+        results: list[Any] = []
+        for ops, dtype in ((fused, torch.float32), (reference, torch.float64)):
+            inputs = [x.detach().to(dtype).requires_grad_() for x in text]
+            g = inputs[4] if decay else None
+            after = ops.delta_state(*inputs[:4], g_BTH=g)
+            grads = torch.autograd.grad((after * draw(*after.shape, seed=9).detach().to(dtype)).sum(), inputs)
+            with torch.no_grad():
+                results.append([after, ops.delta_state(*inputs[:4], g_BTH=g), *grads])
+        for i, (got, want) in enumerate(zip(*results, strict=True)):
+            assert_close(got, want, f"result {i}")
+
+    @dtypes
+    @pytest.mark.parametrize("sizes", [(70,), (70, 65), (3, 70, 5), (2, 7)], ids=str)
+    @pytest.mark.parametrize("biased", (False, True))
+    def test_linears(dtype, sizes, biased):
+        x, weights = draw(2, 9, 12, dtype=dtype), [draw(n, 12, dtype=dtype, seed=i) for i, n in enumerate(sizes)]
+        biases = [draw(n, dtype=dtype, seed=i) for i, n in enumerate(sizes[:1])] if biased else []
+
+        def op(x, *tensors, impl):
+            given = [*tensors[len(sizes) :], *[None] * len(sizes)]
+            return tuple(linears(x, list(zip(tensors, given, strict=False))[: len(sizes)], impl=impl))
+
+        compare(op, [x, *weights, *biases])
+
+    def test_linears_of_frozen_weights_or_of_which_one_is_used():
+        x, w, v = draw(5, 12), draw(70, 12), draw(3, 12)
+        y, z = linears(x.detach(), [(w, None), (v.detach(), None)], impl="fused")
+        assert_close(torch.autograd.grad(y.sum() + z.sum(), w)[0], x.detach().double().sum(0).expand(70, 12))
+        _, z = linears(x, [(w, None), (v, None)], impl="fused")
+        assert_close(torch.autograd.grad(z.sum(), x)[0], v.detach().double().sum(0).expand(5, 12))
 
     def angles(like, rows, T, size):
         """Rows at different places of long texts."""

@@ -11,7 +11,7 @@ from refine_kernels.choose import Impl, choose
 from refine_kernels.delta_rule.reference import DeltaRule
 from refine_kernels.packing import Packing
 
-__all__ = ["DeltaRule", "delta_rule"]
+__all__ = ["DeltaRule", "delta_rule", "delta_state"]
 
 
 def delta_rule(
@@ -50,3 +50,17 @@ def delta_rule(
     return ops.delta_rule(
         q_BTGK, k_BTGK, v_BTHV, beta_BTH, state_BHKV, g_BTH=g_BTH, scale=scale, boundaries=boundaries, packing=packing
     )
+
+
+def delta_state(
+    k_BTGK: Tensor,
+    v_BTHV: Tensor,
+    beta_BTH: Tensor,
+    state_BHKV: Tensor | None = None,
+    *,
+    g_BTH: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The state [B, H, K, V] after the last token, where nobody reads the memory on the way; see `delta_rule`."""
+    ops = choose(__name__, impl, k_BTGK, decay=g_BTH is not None)
+    return ops.delta_state(k_BTGK, v_BTHV, beta_BTH, state_BHKV, g_BTH=g_BTH)

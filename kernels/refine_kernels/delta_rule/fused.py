@@ -1,17 +1,18 @@
-"""The delta rule on a GPU: flash-linear-attention's kernels, and one of our own where forks need it.
+"""The delta rule on a GPU: flash-linear-attention's kernels within chunks, our own from chunk to chunk.
 
-Forward: the chunks' triangular systems, then the states from chunk to chunk, then the outputs. fla's kernel of the
-states already writes the state at the start of every chunk, in the dtype of the inputs, as rounded as what every token
-of the chunk reads in fla's own forward. A few of those are kept; the others can be read again from them.
+Forward: the chunks' triangular systems, then the states from chunk to chunk (`states`), then the outputs. The state at
+the start of every chunk is written in the dtype of the inputs, as rounded as what every token of the chunk reads. A few
+of those are kept; the others can be read again from them. Where nobody reads only the last state is written.
 
-Backward: a fork's gradient arrives at the start of a chunk and must join the recurrence there. `state_gradients` is
-that recurrence (what fla calls dhu) with such arrivals; all other kernels of the backward are fla's.
+Backward: a fork's gradient arrives at the start of a chunk and must join the recurrence there (`state_gradients`).
+
+Both recurrences hold a whole column of keys of a few values, and all their matrix products go from there into there.
 
 Packed texts go through the same kernels: each text has chunks and a recurrence of its own.
 """
 
 # Triton is not everywhere, and a kernel's launch has no types.
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -32,6 +33,10 @@ EVERY = 2
 """Of the states before each chunk at most every second is kept for forks: half the memory where texts are short."""
 FEW = 32
 """Up to so many tokens are read one after another where no gradient is wanted: faster than a padded chunk."""
+STATES_TILE = 64, 4
+"""Value channels of a program that goes from chunk to chunk, and its warps."""
+GRADIENTS_TILE = 32, 4
+"""The same from the last chunk to the first."""
 LOG2_E = 1.4426950408889634
 
 Arrivals = tuple[Lookup, Tensor]
@@ -60,24 +65,54 @@ def delta_rule(
 ) -> DeltaRule:
     """See `refine_kernels.delta_rule.delta_rule`."""
     scale = q_BTGK.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = (x.contiguous() for x in (q_BTGK, k_BTGK, v_BTHV))
-    beta = beta_BTH.to(q.dtype).contiguous()
-    g = None if g_BTH is None else g_BTH.float().contiguous()
-    state = None if state_BHKV is None else state_BHKV.float().contiguous()
-    inputs = [x for x in (q, k, v, beta, g, state) if x is not None]
-    longest = q.shape[1] if packing is None else packing.T
-    if not boundaries and longest <= FEW and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
-        outputs, after = fla.ops("gated_delta_rule.fused_recurrent").fused_recurrent_gated_delta_rule_fwd(
-            q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state, output_final_state=True,
-            cu_seqlens=None if packing is None else packing.starts,
-        )  # fmt: skip
-        return DeltaRule(outputs, after, None, 1, 1)
+    inputs = _inputs(q_BTGK, k_BTGK, v_BTHV, beta_BTH, g_BTH, state_BHKV)
+    longest = q_BTGK.shape[1] if packing is None else packing.T
+    if not boundaries and _few(longest, inputs):
+        return DeltaRule(*_token_by_token(inputs, scale, packing), None, 1, 1)
     waiting: Waiting = []
     stride = stride_of(CHUNK, longest, EVERY) if boundaries else None
-    outputs, after, grid, anchor = _Chunked.apply(q, k, v, beta, g, state, scale, stride, packing, waiting)  # pyright: ignore[reportGeneralTypeIssues]
+    outputs, after, grid, anchor = _Chunked.apply(*inputs, scale, stride, packing, waiting)
     if stride is None:
         return DeltaRule(outputs, after, None, CHUNK, CHUNK)
     return DeltaRule(outputs, after, Tap(grid, anchor if outputs.requires_grad else None, waiting), stride, CHUNK)
+
+
+def delta_state(
+    k_BTGK: Tensor, v_BTHV: Tensor, beta_BTH: Tensor, state_BHKV: Tensor | None = None, *, g_BTH: Tensor | None = None
+) -> Tensor:
+    """See `refine_kernels.delta_rule.delta_state`."""
+    inputs = _inputs(None, k_BTGK, v_BTHV, beta_BTH, g_BTH, state_BHKV)
+    if _few(k_BTGK.shape[1], inputs):
+        return _token_by_token(inputs, 1.0, None)[1]
+    return _Chunked.apply(*inputs, 1.0, None, None, [])[1]  # pyright: ignore[reportOptionalSubscript]
+
+
+Inputs = tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""Queries (None where nobody reads), keys, values, beta, g and the first state, as the kernels take them."""
+
+
+def _inputs(q: Tensor | None, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor | None) -> Inputs:
+    q, g, state = (None if x is None else x.contiguous() for x in (q, _float(g), _float(state)))
+    return q, k.contiguous(), v.contiguous(), beta.to(k.dtype).contiguous(), g, state
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float()
+
+
+def _few(longest: int, inputs: Inputs) -> bool:
+    """Whether tokens are read one after another."""
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return longest <= FEW and not wanted
+
+
+def _token_by_token(inputs: Inputs, scale: float, packing: Packing | None) -> tuple[Tensor, Tensor]:
+    """Outputs and the last state."""
+    q, k, v, beta, g, state = inputs
+    return fla.ops("gated_delta_rule.fused_recurrent").fused_recurrent_gated_delta_rule_fwd(
+        q=k if q is None else q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state, output_final_state=True,
+        cu_seqlens=None if packing is None else packing.starts,
+    )  # fmt: skip
 
 
 class _Chunked(torch.autograd.Function):
@@ -89,10 +124,10 @@ class _Chunked(torch.autograd.Function):
         w, u, A = fla.ops("gated_delta_rule.chunk_fwd").chunk_gated_delta_rule_fwd_intra(
             k=k, v=v, g=g, beta=beta, **texts
         )
-        h, written, after = fla.ops("common.chunk_delta_h").chunk_gated_delta_rule_fwd_h(
-            k=k, w=w, u=u, g=g, initial_state=state, output_final_state=True, **texts
-        )
-        o = fla.ops("common.chunk_o").chunk_fwd_o(q=q, k=k, v=written, h=h, g=g, scale=scale, **texts)
+        h, written, after = states(k, w, u, g, state, q is not None, packing)
+        o = None
+        if q is not None:
+            o = fla.ops("common.chunk_o").chunk_fwd_o(q=q, k=k, v=written, h=h, g=g, scale=scale, **texts)
         ctx.save_for_backward(q, k, v, beta, g, A, state)
         ctx.scale, ctx.packing, ctx.waiting = scale, packing, waiting
         ctx.set_materialize_grads(False)
@@ -107,13 +142,13 @@ class _Chunked(torch.autograd.Function):
         q, k, v, beta, g, A, state = ctx.saved_tensors
         scale, packing = ctx.scale, ctx.packing
         texts = _texts(packing)
-        do = torch.zeros_like(v) if do is None else do.contiguous()
+        asked, q = q is not None, k if q is None else q
+        unread = do is None
+        do = torch.zeros_like(v) if unread else do.contiguous()
         wy, chunk_o = fla.ops("gated_delta_rule.wy_fast"), fla.ops("common.chunk_o")
         w, u = wy.recompute_w_u_fwd(k=k, v=v, beta=beta, A=A, g=g, **texts)
-        h, written, _ = fla.ops("common.chunk_delta_h").chunk_gated_delta_rule_fwd_h(
-            k=k, w=w, u=u, g=g, initial_state=state, output_final_state=False, **texts
-        )
-        dwritten = chunk_o.chunk_bwd_dv_local(q=q, k=k, do=do, g=g, scale=scale, **texts)
+        h, written, _ = states(k, w, u, g, state, True, packing)
+        dwritten = do if unread else chunk_o.chunk_bwd_dv_local(q=q, k=k, do=do, g=g, scale=scale, **texts)
         forks = _arrivals(ctx.waiting)
         dh, dstate, dwritten = state_gradients(
             q, k, w, do, dwritten, g, dafter, forks, scale, state is not None, packing
@@ -125,7 +160,7 @@ class _Chunked(torch.autograd.Function):
         dk.add_(dk2)
         if g is not None:
             dg = fla.ops("utils.cumsum").chunk_local_cumsum(dg.add_(dg2), chunk_size=CHUNK, reverse=True, **texts)
-        inputs = dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg, dstate
+        inputs = dq.to(q.dtype) if asked else None, dk.to(k.dtype), dv.to(v.dtype), dbeta.to(beta.dtype), dg, dstate
         return *inputs, None, None, None, None
 
 
@@ -145,6 +180,56 @@ def _arrivals(waiting: Waiting) -> Arrivals | None:
         gradient = torch.cat([gradient for _, gradient in waiting])
     waiting.clear()
     return lookup, lookup.summed(gradient)
+
+
+def states(
+    k_BTGK: Tensor,
+    w_BTHK: Tensor,
+    u_BTHV: Tensor,
+    g_BTH: Tensor | None,
+    state_BHKV: Tensor | None,
+    told: bool,
+    packing: Packing | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The states from the first chunk to the last.
+
+    With S the state before a chunk and L its last token, of the chunks' solved systems U and W:
+
+        written = U - W S        S_after = exp2(g_L) S + k^T (exp2(g_L - g) written)
+
+    Args:
+        g_BTH: base-2 log decay summed within each chunk, float32.
+        state_BHKV: the first state, float32; None for zeros.
+        told: whether more is wanted than the last state.
+        packing: as in `delta_rule`.
+
+    Returns S before each chunk [B, N, H, K, V] and what was written [B, T, H, V], both in the dtype of k and None where
+    nobody wants them, and the last state (float32).
+    """
+    B, T, G, K = k_BTGK.shape
+    H, V = u_BTHV.shape[2:]
+    N, texts, starts, chunk_starts = _chunks(B, T, packing)
+    h = k_BTGK.new_empty(B, N, H, K, V) if told else None
+    written = torch.empty_like(u_BTHV) if told else None
+    after = torch.empty(texts, H, K, V, dtype=torch.float32, device=k_BTGK.device)
+    BV, warps = STATES_TILE
+    BV = min(BV, max(16, triton.next_power_of_2(V)))
+    with torch.cuda.device_of(k_BTGK):
+        _states_kernel[(ceiling(V, BV), texts * H)](
+            k_BTGK, w_BTHK, u_BTHV, g_BTH, state_BHKV, h, written, after, starts, chunk_starts, T,
+            G=G, H=H, K=K, V=V, L=CHUNK, BK=max(16, triton.next_power_of_2(K)), BV=BV,
+            DECAY=g_BTH is not None, STATE=state_BHKV is not None, TOLD=told, PACKED=packing is not None,
+            num_warps=warps, num_stages=2,
+        )  # fmt: skip
+    return h, written, after
+
+
+def _chunks(B: int, T: int, packing: Packing | None) -> tuple[int, int, Tensor | None, Tensor | None]:
+    """Chunks of a row, how many texts there are, and where tokens and chunks of each start where they are packed."""
+    if packing is None:
+        return ceiling(T, CHUNK), B, None, None
+    chunks = packing.pieces(CHUNK)
+    return len(chunks.index_N2), len(packing.lengths), packing.starts, chunks.starts
 
 
 def state_gradients(
@@ -180,15 +265,12 @@ def state_gradients(
     """
     B, T, G, K = q_BTGK.shape
     H, V = do_BTHV.shape[2:]
-    N, texts, starts, chunk_starts = ceiling(T, CHUNK), B, None, None
-    if packing is not None:
-        chunks = packing.pieces(CHUNK)
-        starts, chunk_starts = packing.starts, chunks.starts
-        texts, N = len(packing.lengths), len(chunks.index_N2)
+    N, texts, starts, chunk_starts = _chunks(B, T, packing)
     dh = q_BTGK.new_empty(B, N, H, K, V)
     dstart = torch.empty(texts, H, K, V, dtype=torch.float32, device=q_BTGK.device) if wants_start else None
     dv2 = torch.empty_like(dv_BTHV)
-    BV = min(32, max(16, triton.next_power_of_2(V)))
+    BV, warps = GRADIENTS_TILE
+    BV = min(BV, max(16, triton.next_power_of_2(V)))
     entry_BN, dforks_MHKV = None, None
     if forks is not None:
         lookup, dforks_MHKV = forks
@@ -202,9 +284,63 @@ def state_gradients(
             entry_BN, dforks_MHKV, dh, dstart, dv2, starts, chunk_starts, scale, T,
             G=G, H=H, K=K, V=V, L=CHUNK, BK=max(16, triton.next_power_of_2(K)), BV=BV,
             DECAY=g_BTH is not None, AFTER=dafter_BHKV is not None, FORKS=forks is not None,
-            START=wants_start, PACKED=packing is not None, num_warps=4, num_stages=2,
+            START=wants_start, PACKED=packing is not None, num_warps=warps, num_stages=2,
         )  # fmt: skip
     return dh, dstart, dv2
+
+
+@triton.jit
+def _text(starts, chunk_starts, row, T, L: tl.constexpr, PACKED: tl.constexpr):
+    """Tokens and chunks of a text, its first token and its first chunk."""
+    if PACKED:
+        start = tl.load(starts + row)
+        T = (tl.load(starts + row + 1) - start).to(tl.int32)
+        return T, tl.cdiv(T, L), start, tl.load(chunk_starts + row)
+    else:
+        N = tl.cdiv(T, L)
+        return T, N, row * T, row * N
+
+
+@triton.jit
+def _states_kernel(
+    k, w, u, g, state, h, written, after, starts, chunk_starts, T,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, L: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, STATE: tl.constexpr, TOLD: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(1) // H).to(tl.int64)
+    head = tl.program_id(1) % H
+    group = head // (H // G)
+    keys = tl.arange(0, BK)
+    values = tl.program_id(0) * BV + tl.arange(0, BV)
+    of_state = keys[:, None] * V + values[None, :]
+    in_state = (keys[:, None] < K) & (values[None, :] < V)
+    T, N, start, chunk_start = _text(starts, chunk_starts, row, T, L, PACKED)
+    b_h = tl.zeros([BK, BV], dtype=tl.float32)
+    if STATE:
+        b_h += tl.load(state + (row * H + head) * K * V + of_state, mask=in_state, other=0).to(tl.float32)
+    for n in range(N):
+        if TOLD:
+            chunk = ((chunk_start + n) * H + head) * K * V
+            tl.store(h + chunk + of_state, b_h.to(h.dtype.element_ty), mask=in_state)
+        tokens = n * L + tl.arange(0, L)
+        real = tokens < T
+        at = start + tokens
+        in_k = real[:, None] & (keys[None, :] < K)
+        vs = (at[:, None] * H + head) * V + values[None, :]
+        in_vs = real[:, None] & (values[None, :] < V)
+        b_w = tl.load(w + (at[:, None] * H + head) * K + keys[None, :], mask=in_k, other=0)
+        b_k = tl.load(k + (at[:, None] * G + group) * K + keys[None, :], mask=in_k, other=0)
+        b_v = tl.load(u + vs, mask=in_vs, other=0).to(tl.float32) - tl.dot(b_w, b_h.to(b_w.dtype))
+        if TOLD:
+            tl.store(written + vs, b_v.to(written.dtype.element_ty), mask=in_vs)
+        if DECAY:
+            b_g = tl.load(g + at * H + head, mask=real, other=0)
+            g_last = tl.load(g + (start + tl.minimum((n + 1) * L, T) - 1) * H + head)
+            b_v *= tl.where(real, tl.exp2(g_last - b_g), 0)[:, None]
+            b_h *= tl.exp2(g_last)
+        b_h = tl.dot(tl.trans(b_k), b_v.to(b_k.dtype), b_h)
+    tl.store(after + (row * H + head) * K * V + of_state, b_h, mask=in_state)
 
 
 @triton.jit
@@ -222,14 +358,7 @@ def _state_gradients_kernel(
     values = tl.program_id(0) * BV + tl.arange(0, BV)
     of_state = keys[:, None] * V + values[None, :]
     in_state = (keys[:, None] < K) & (values[None, :] < V)
-    if PACKED:
-        start = tl.load(starts + row)
-        T = (tl.load(starts + row + 1) - start).to(tl.int32)
-        N = tl.cdiv(T, L)
-        chunk_start = tl.load(chunk_starts + row)
-    else:
-        N = tl.cdiv(T, L)
-        start, chunk_start = row * T, row * N
+    T, N, start, chunk_start = _text(starts, chunk_starts, row, T, L, PACKED)
     b_dh = tl.zeros([BK, BV], dtype=tl.float32)
     if AFTER:
         b_dh += tl.load(dafter + (row * H + head) * K * V + of_state, mask=in_state, other=0).to(tl.float32)
@@ -247,18 +376,18 @@ def _state_gradients_kernel(
         b_q = tl.load(q + qk, mask=in_qk, other=0)
         b_k = tl.load(k + qk, mask=in_qk, other=0)
         b_w = tl.load(w + (at[:, None] * H + head) * K + keys[None, :], mask=in_qk, other=0)
-        b_do = tl.load(do + vs, mask=in_vs, other=0)
+        b_do = tl.load(do + vs, mask=in_vs, other=0) * scale
         b_dv = tl.dot(b_k, b_dh.to(b_k.dtype))
         if DECAY:
             b_g = tl.load(g + at * H + head, mask=real, other=0)
             g_last = tl.load(g + (start + tl.minimum((n + 1) * L, T) - 1) * H + head)
             b_dv *= tl.where(real, tl.exp2(g_last - b_g), 0)[:, None]
             b_dh *= tl.exp2(g_last)
-            b_q = (b_q * tl.exp2(b_g)[:, None]).to(b_k.dtype)
+            b_do *= tl.exp2(b_g)[:, None]  # in place of the queries, which are larger
         b_dv += tl.load(dv + vs, mask=in_vs, other=0).to(tl.float32)
         tl.store(dv2 + vs, b_dv.to(dv2.dtype.element_ty), mask=in_vs)
-        b_dh += tl.dot(tl.trans(b_q), b_do) * scale
-        b_dh -= tl.dot(tl.trans(b_w), b_dv.to(b_w.dtype))
+        b_dh = tl.dot(tl.trans(b_q), b_do.to(b_q.dtype), b_dh)
+        b_dh = tl.dot(tl.trans(b_w), (-b_dv).to(b_w.dtype), b_dh)
         if FORKS:
             entry = tl.load(entries + chunk_start + n)
             fork = (tl.maximum(entry, 0) * H + head) * K * V

@@ -107,6 +107,13 @@ def delta_rule(
     return DeltaRule(o_BTHV, after_BHKV, tap, stride, L)
 
 
+def delta_state(
+    k_BTGK: Tensor, v_BTHV: Tensor, beta_BTH: Tensor, state_BHKV: Tensor | None = None, *, g_BTH: Tensor | None = None
+) -> Tensor:
+    """See `refine_kernels.delta_rule.delta_state`."""
+    return delta_rule(k_BTGK, k_BTGK, v_BTHV, beta_BTH, state_BHKV, g_BTH=g_BTH).state_BHKV
+
+
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 """Queries, keys, values, beta and g, all with as many heads."""
 

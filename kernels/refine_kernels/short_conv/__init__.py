@@ -19,6 +19,7 @@ def short_conv(
     silu: bool = True,
     unit_heads: int | None = None,
     packing: Packing | None = None,
+    leading: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """silu(bias + sum_j weight[:, j] · x[t - W + 1 + j]), causal, one filter per channel; [B, T, D] in the dtype of x.
@@ -32,12 +33,13 @@ def short_conv(
             y / sqrt(sum(y²) + 1e-6); None leaves them as they are.
         packing: where several texts lie one after another in the one row of x; None for a text in each row. There is
             then one row of `before` for each text.
+        leading: whether the W - 1 inputs before the first are the first of x itself; there are so many outputs fewer.
         impl: see `refine_kernels.choose`.
     """
+    assert not (leading and (before_BPD is not None or packing is not None))
     ops = choose(__name__, impl, x_BTD)
-    return ops.short_conv(
-        x_BTD, weight_DW, before_BPD, bias_D=bias_D, silu=silu, unit_heads=unit_heads, packing=packing
-    )
+    settings = {"bias_D": bias_D, "silu": silu, "unit_heads": unit_heads, "packing": packing, "leading": leading}
+    return ops.short_conv(x_BTD, weight_DW, before_BPD, **settings)
 
 
 def last_inputs(

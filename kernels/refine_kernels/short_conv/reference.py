@@ -18,14 +18,17 @@ def short_conv(
     silu: bool = True,
     unit_heads: int | None = None,
     packing: Packing | None = None,
+    leading: bool = False,
 ) -> Tensor:
     """See `refine_kernels.short_conv.short_conv`. Packed texts are computed as padded rows."""
     if packing is not None:
         rows_BTD = packing.spread(x_BTD)
         y_BTD = short_conv(rows_BTD, weight_DW, before_BPD, bias_D=bias_D, silu=silu, unit_heads=unit_heads)
         return packing.pack(y_BTD)
-    B, T, D = x_BTD.shape
     W = weight_DW.shape[1]
+    if leading:
+        before_BPD, x_BTD = x_BTD[:, : W - 1], x_BTD[:, W - 1 :]
+    B, T, D = x_BTD.shape
     if before_BPD is None:
         before_BPD = x_BTD.new_zeros(B, W - 1, D)
     wide = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
