@@ -11,12 +11,12 @@ from report import Row, settle
 from torch.profiler import ProfilerActivity, profile
 
 FAMILIES = {
-    "matrix products": "gemm|nvjet|cutlass|xmma|cublas|addmm|::b?mm",
     "attention": "flash|fmha|attention",
+    "matrix products": "gemm|nvjet|cutlass|xmma|cublas|addmm|::b?mm",
     "copies": "memcpy|memset|copy_|clone|contiguous|direct_copy",
     "torch's own, pointwise and sums": "elementwise|reduce|index|cat|fill|scatter|gather|sort|scan|multi_tensor|aten::",
 }
-"""What names of kernels are of one kind; others, most of them Triton's, stand for themselves."""
+"""What names of kernels are of one kind, the first that fits; others, most of them Triton's, stand for themselves."""
 
 
 def memory(marked: Callable[[Callable[[str], None]], object]) -> list[Row]:

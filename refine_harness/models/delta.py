@@ -250,7 +250,8 @@ class DeltaMixer(FastWeightLayer):
         with torch.no_grad():
             memory_RHKV = tape["states"].pick(spots.kept)
             if spots.way is not None:
-                x_RMD = spots.way.of(tape["x"]) * spots.way.masks.inside_RM[..., None]
+                x_RMD, P = spots.way.of(tape["x"]), self.taps - 1
+                x_RMD[:, :P] *= spots.way.masks.inside_RM[:, :P, None]  # before a text's first token there is nothing
                 memory_RHKV = self._write(spots.way.masks, x_RMD, memory_RHKV, *started[1:])[0].to(memory_RHKV.dtype)
         return spots.since.of(tape["x"]), tape["states"].join(spots.chunks, memory_RHKV), *started
 
@@ -262,8 +263,7 @@ class DeltaMixer(FastWeightLayer):
         started_RPX: for queries, keys and values, the inputs of the convolution before the text's first token; None for
             a text that began there.
         """
-        # Before a text's first token there is nothing.
-        x_RMD = x_RMD * masks.inside_RM[..., None]
+        x_RMD = x_RMD * masks.inside_RM[..., None]  # before a text's first token there is nothing
         memory_RHKV, said = self._write(masks, x_RMD, memory_RHKV, *started_RPX[1:])
         after = {"memory": memory_RHKV}
         if self.taps == 1:

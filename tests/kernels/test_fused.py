@@ -293,8 +293,10 @@ else:
         first = draw(len(lengths), H, K, V, seed=5).detach()
         with poisoned():
             got = states(k, w, u, g, first, True, packed(*lengths))
-        texts = zip(*(x.split(lengths, 1) for x in (k, w, u, g)), strict=True)
-        alone = [states(*(x.contiguous() for x in text), first[b : b + 1], True) for b, text in enumerate(texts)]
+        alone = []
+        for b, text in enumerate(zip(*(x.split(lengths, 1) for x in (k, w, u, g)), strict=True)):
+            k, w, u, g = (x.contiguous() for x in text)
+            alone.append(states(k, w, u, g, first[b : b + 1], True))
         each_of: Any = zip(*alone, strict=True)
         for x, each, dim in zip(got, each_of, (1, 1, 0), strict=True):
             assert x is not None

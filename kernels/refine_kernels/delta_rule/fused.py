@@ -16,6 +16,9 @@ Packed texts go through the same kernels: each text has chunks and a recurrence 
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -33,10 +36,8 @@ EVERY = 2
 """Of the states before each chunk at most every second is kept for forks: half the memory where texts are short."""
 FEW = 32
 """Up to so many tokens are read one after another where no gradient is wanted: faster than a padded chunk."""
-STATES_TILE = 64, 4
-"""Value channels of a program that goes from chunk to chunk, and its warps."""
-GRADIENTS_TILE = 32, 4
-"""The same from the last chunk to the first."""
+PROCESSORS = 132
+"""Of a GPU that is not asked: those of a Hopper GPU."""
 LOG2_E = 1.4426950408889634
 
 Arrivals = tuple[Lookup, Tensor]
@@ -212,16 +213,39 @@ def states(
     h = k_BTGK.new_empty(B, N, H, K, V) if told else None
     written = torch.empty_like(u_BTHV) if told else None
     after = torch.empty(texts, H, K, V, dtype=torch.float32, device=k_BTGK.device)
-    BV, warps = STATES_TILE
-    BV = min(BV, max(16, triton.next_power_of_2(V)))
+    tile = _tile(k_BTGK, texts * H, V, 64 if K > 128 else 32, packing)
     with torch.cuda.device_of(k_BTGK):
-        _states_kernel[(ceiling(V, BV), texts * H)](
+        _states_kernel[(ceiling(V, tile["BV"]), texts * H)](
             k_BTGK, w_BTHK, u_BTHV, g_BTH, state_BHKV, h, written, after, starts, chunk_starts, T,
-            G=G, H=H, K=K, V=V, L=CHUNK, BK=max(16, triton.next_power_of_2(K)), BV=BV,
+            G=G, H=H, K=K, V=V, **tile,
             DECAY=g_BTH is not None, STATE=state_BHKV is not None, TOLD=told, PACKED=packing is not None,
-            num_warps=warps, num_stages=2,
         )  # fmt: skip
     return h, written, after
+
+
+def _tile(x_BTGK: Tensor, sequences: int, V: int, widest: int, packing: Packing | None) -> dict[str, Any]:
+    """How the recurrences are cut: tokens of a chunk, channels of a program, its warps, and what is fetched ahead.
+
+    A program goes through one of so many sequences with so few value channels that as many processors as there are
+    have work, but with at most `widest`. The numbers were measured on an H100.
+    """
+    T, K = x_BTGK.shape[1], x_BTGK.shape[-1]
+    processors, roomy = _processors(x_BTGK.device)
+    BK, most = (max(16, triton.next_power_of_2(size)) for size in (K, min(widest, V)))
+    BV = next(BV for BV in (16, 32, 64) if most <= BV or sequences * ceiling(V, BV) <= processors)
+    ahead = 3 if BK <= 128 and roomy and sequences * ceiling(V, BV) <= processors else 2
+    # One short piece of text needs no more of a chunk than that.
+    L = CHUNK if packing is not None else min(CHUNK, max(16, triton.next_power_of_2(T)))
+    return {"L": L, "BK": BK, "BV": BV, "num_warps": 8 if BK * BV > 8192 else 4, "num_stages": ahead}
+
+
+@cache
+def _processors(device: torch.device) -> tuple[int, bool]:
+    """How many there are, and whether each has a Hopper GPU's shared memory."""
+    if device.type != "cuda":
+        return PROCESSORS, False
+    of = torch.cuda.get_device_properties(device)
+    return of.multi_processor_count, of.shared_memory_per_block_optin >= 200_000
 
 
 def _chunks(B: int, T: int, packing: Packing | None) -> tuple[int, int, Tensor | None, Tensor | None]:
@@ -269,8 +293,7 @@ def state_gradients(
     dh = q_BTGK.new_empty(B, N, H, K, V)
     dstart = torch.empty(texts, H, K, V, dtype=torch.float32, device=q_BTGK.device) if wants_start else None
     dv2 = torch.empty_like(dv_BTHV)
-    BV, warps = GRADIENTS_TILE
-    BV = min(BV, max(16, triton.next_power_of_2(V)))
+    tile = _tile(q_BTGK, texts * H, V, 32, packing)
     entry_BN, dforks_MHKV = None, None
     if forks is not None:
         lookup, dforks_MHKV = forks
@@ -278,13 +301,13 @@ def state_gradients(
         entry_BN[lookup.rows_M] = lookup.firsts_M
         dforks_MHKV = dforks_MHKV.contiguous()
     with torch.cuda.device_of(q_BTGK):
-        _state_gradients_kernel[(ceiling(V, BV), texts * H)](
+        _state_gradients_kernel[(ceiling(V, tile["BV"]), texts * H)](
             q_BTGK, k_BTGK, w_BTHK, do_BTHV, dv_BTHV, g_BTH,
             None if dafter_BHKV is None else dafter_BHKV.contiguous(),
             entry_BN, dforks_MHKV, dh, dstart, dv2, starts, chunk_starts, scale, T,
-            G=G, H=H, K=K, V=V, L=CHUNK, BK=max(16, triton.next_power_of_2(K)), BV=BV,
+            G=G, H=H, K=K, V=V, **tile,
             DECAY=g_BTH is not None, AFTER=dafter_BHKV is not None, FORKS=forks is not None,
-            START=wants_start, PACKED=packing is not None, num_warps=warps, num_stages=2,
+            START=wants_start, PACKED=packing is not None,
         )  # fmt: skip
     return dh, dstart, dv2
 
@@ -377,17 +400,18 @@ def _state_gradients_kernel(
         b_k = tl.load(k + qk, mask=in_qk, other=0)
         b_w = tl.load(w + (at[:, None] * H + head) * K + keys[None, :], mask=in_qk, other=0)
         b_do = tl.load(do + vs, mask=in_vs, other=0) * scale
-        b_dv = tl.dot(b_k, b_dh.to(b_k.dtype))
+        b_brought = tl.dot(b_k, b_dh.to(b_k.dtype))
         if DECAY:
             b_g = tl.load(g + at * H + head, mask=real, other=0)
             g_last = tl.load(g + (start + tl.minimum((n + 1) * L, T) - 1) * H + head)
-            b_dv *= tl.where(real, tl.exp2(g_last - b_g), 0)[:, None]
+            b_brought *= tl.where(real, tl.exp2(g_last - b_g), 0)[:, None]
             b_dh *= tl.exp2(g_last)
             b_do *= tl.exp2(b_g)[:, None]  # in place of the queries, which are larger
-        b_dv += tl.load(dv + vs, mask=in_vs, other=0).to(tl.float32)
-        tl.store(dv2 + vs, b_dv.to(dv2.dtype.element_ty), mask=in_vs)
+        # Not as a sum with the product: what is loaded would become the product's start, and not be fetched ahead.
+        b_less = -tl.load(dv + vs, mask=in_vs, other=0).to(tl.float32) - b_brought
+        tl.store(dv2 + vs, (-b_less).to(dv2.dtype.element_ty), mask=in_vs)
         b_dh = tl.dot(tl.trans(b_q), b_do.to(b_q.dtype), b_dh)
-        b_dh = tl.dot(tl.trans(b_w), (-b_dv).to(b_w.dtype), b_dh)
+        b_dh = tl.dot(tl.trans(b_w), b_less.to(b_w.dtype), b_dh)
         if FORKS:
             entry = tl.load(entries + chunk_start + n)
             fork = (tl.maximum(entry, 0) * H + head) * K * V

@@ -69,7 +69,7 @@ def _attend(
     }  # fmt: skip
     o, lse = torch.empty_like(v), torch.empty(F, H, Q, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        _forward_kernel[grid](
+        _fork_attention_kernel[grid](
             q, k, v, keys, values, positions, o, lse, Q, T or 0, positions.shape[1],
             0 if T is None else keys.stride(1), 0 if T is None else values.stride(1), D**-0.5,
             **tile, ELSEWHERE=T is None,
@@ -96,7 +96,7 @@ class _ForkAttention(torch.autograd.Function):
         strides = keys.stride(1), values.stride(1)
         delta = torch.empty_like(lse)
         with torch.cuda.device_of(q):
-            _backward_kernel[ctx.grid](
+            _fork_attention_back_kernel[ctx.grid](
                 q, k, v, keys, values, positions, o, lse, do, dq, dk, dv, delta, Q, T, C, *strides, D**-0.5, **ctx.tile
             )
             _text_kernel[(ceiling(T, KEYS), H, B)](
@@ -138,7 +138,7 @@ def _own_scores(b_q, b_k, tokens, count, scale, K: tl.constexpr, W: tl.constexpr
 
 
 @triton.jit
-def _forward_kernel(
+def _fork_attention_kernel(
     q, k, v, keys, values, positions, o, lse, Q, T, C, KEYS_T, VALUES_T, scale,
     H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, QUERIES: tl.constexpr,
     TOGETHER: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, ELSEWHERE: tl.constexpr,
@@ -178,7 +178,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _fork_attention_back_kernel(
     q, k, v, keys, values, positions, o, lse, do, dq, dk, dv, delta, Q, T, C, KEYS_T, VALUES_T, scale,
     H: tl.constexpr, D: tl.constexpr, K: tl.constexpr, W: tl.constexpr, QUERIES: tl.constexpr,
     TOGETHER: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -57,13 +57,13 @@ def lact_step(
     out = torch.empty(B, H, V, dtype=q.dtype, device=q.device)
     sizes = {"H": H, "M": M, "V": V, "BR": _rows}
     with torch.cuda.device_of(q):
-        _inner_kernel[(ceiling(M, _rows) + 1, H, B)](
+        _lact_step_inner_kernel[(ceiling(M, _rows) + 1, H, B)](
             q, k, v, rates, momentum.contiguous(), w0, w2, inner, *buffers, momenta, held_B, rate_bias,
             *(stride for x in buffers for stride in x.stride()), *momenta.stride()[:3],
             **sizes, K=K, X=X, BK=min(_columns, triton.next_power_of_2(K)), BX=triton.next_power_of_2(max(K, V, X)),
             MOMENTUM=kept,
         )  # fmt: skip
-        _outer_kernel[(ceiling(V, _rows), H, B)](
+        _lact_step_outer_kernel[(ceiling(V, _rows), H, B)](
             inner, w1, out, **sizes, BK=min(_columns, triton.next_power_of_2(M))
         )  # fmt: skip
     return out
@@ -100,7 +100,7 @@ def _softplus(x):
 
 
 @triton.jit
-def _inner_kernel(
+def _lact_step_inner_kernel(
     q, k, v, rates, momentum, w0, w2, inner, keys, values, all_rates, momenta, held, rate_bias,
     KB, KL, KH, KC, VB, VL, VH, VC, RB, RL, RH, RC, MB, ML, MH,
     H: tl.constexpr, M: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, K: tl.constexpr,
@@ -132,7 +132,7 @@ def _inner_kernel(
 
 
 @triton.jit
-def _outer_kernel(
+def _lact_step_outer_kernel(
     inner, w1, out,
     H: tl.constexpr, M: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip

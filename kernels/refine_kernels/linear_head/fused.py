@@ -63,7 +63,7 @@ def _rated(hidden_MD: Tensor, weight_VD: Tensor, labels_M: Tensor, ahead: Ahead 
         logits_RV = _logits(hidden_MD[rows], weight_VD)
         R, V = logits_RV.shape
         with torch.cuda.device_of(hidden_MD):
-            _forward_kernel[(R,)](
+            _linear_head_kernel[(R,)](
                 logits_RV, labels_M[rows], logprob_M[rows], entropy_M[rows], normaliser_M[rows], V,
                 BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=8,
             )  # fmt: skip
@@ -85,7 +85,7 @@ def _carry(
     R, V = logits_RV.shape
     block = min(BLOCK, triton.next_power_of_2(V))
     with torch.cuda.device_of(logits_RV):
-        _backward_kernel[(R, ceiling(V, block))](
+        _linear_head_back_kernel[(R, ceiling(V, block))](
             logits_RV, labels_M[rows], into.of_M[rows], normaliser_M[rows], V, BLOCK=block, num_warps=8
         )
     torch.mm(logits_RV, weight_VD, out=into.hidden_MD[rows])
@@ -106,7 +106,7 @@ def _pieces(hidden_MD: Tensor, weight_VD: Tensor):
 
 
 @triton.jit
-def _forward_kernel(logits, labels, logprob, entropy, normaliser, V, BLOCK: tl.constexpr):
+def _linear_head_kernel(logits, labels, logprob, entropy, normaliser, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     # Per lane, so that rows are reduced once: the largest logit so far, sum e^(z - top) and sum z e^(z - top).
@@ -133,7 +133,7 @@ def _forward_kernel(logits, labels, logprob, entropy, normaliser, V, BLOCK: tl.c
 
 
 @triton.jit
-def _backward_kernel(logits, labels, grad, normaliser, V, BLOCK: tl.constexpr):
+def _linear_head_back_kernel(logits, labels, grad, normaliser, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < V

@@ -48,7 +48,7 @@ class _AddNormedHeads(torch.autograd.Function):
         ctx.tile = {"H": H, "K": K, "BT": BT, "BK": BK, "GATE": gate is not None}
         ctx.eps, ctx.base_dtype = eps, base.dtype
         with torch.cuda.device_of(x):
-            _forward_kernel[(ceiling(T, BT), H, B)](base, x, weight, gate, y, T, eps, *x.stride()[:3], **ctx.tile)
+            _normed_heads_kernel[(ceiling(T, BT), H, B)](base, x, weight, gate, y, T, eps, *x.stride()[:3], **ctx.tile)
         ctx.save_for_backward(x, weight, gate)
         return y
 
@@ -61,7 +61,7 @@ class _AddNormedHeads(torch.autograd.Function):
         P = min(ceiling(T, ctx.tile["BT"]), ceiling(PROGRAMS, B * H))
         dweight = torch.empty(B * H * P, K, dtype=torch.float32, device=x.device)
         with torch.cuda.device_of(x):
-            _backward_kernel[(P, H, B)](
+            _normed_heads_back_kernel[(P, H, B)](
                 x, weight, gate, dy.contiguous(), dx, dgate, dweight, T, ctx.eps, *x.stride()[:3], *dx.stride()[:3],
                 **ctx.tile,
             )  # fmt: skip
@@ -69,7 +69,7 @@ class _AddNormedHeads(torch.autograd.Function):
 
 
 @triton.jit
-def _forward_kernel(
+def _normed_heads_kernel(
     base, x, weight, gate, y, T, eps, XB, XT, XH,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _normed_heads_back_kernel(
     x, weight, gate, dy, dx, dgate, dweight, T, eps, XB, XT, XH, DB, DT, DH,
     H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip

@@ -61,7 +61,7 @@ class _Norm(torch.autograd.Function):
         BD = triton.next_power_of_2(D)
         BM = max(1, ELEMENTS // BD)
         with torch.cuda.device_of(x):
-            _forward_kernel[(ceiling(M, BM),)](
+            _rms_norm_kernel[(ceiling(M, BM),)](
                 x_MD, residual_MD, gate_MD, weight_D, y_MD, total_MD, rstd_M, M, eps,
                 D=D, BM=BM, BD=BD, ADD=residual is not None, GATE=activation, num_warps=_warps(BM * BD),
             )  # fmt: skip
@@ -83,7 +83,7 @@ class _Norm(torch.autograd.Function):
         P = min(ceiling(M, BM), PROGRAMS)
         dweight_PD = torch.empty(P, D, dtype=torch.float32, device=x_MD.device)
         with torch.cuda.device_of(x_MD):
-            _backward_kernel[(P,)](
+            _rms_norm_back_kernel[(P,)](
                 x_MD, gate_MD, weight_D, rstd_M, dy_MD, more_MD, dx_MD, dgate_MD, dweight_PD, M, P,
                 D=D, BM=BM, BD=BD, ADD=more_MD is not None, GATE=ctx.activation, num_warps=_warps(BM * BD),
             )  # fmt: skip
@@ -111,7 +111,7 @@ def _slope(gate, GATE: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _rms_norm_kernel(
     x, residual, gate, weight, y, total, rstd, M, eps,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _rms_norm_back_kernel(
     x, gate, weight, rstd, dy, more, dx, dgate, dweight, M, P,
     D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip

@@ -69,7 +69,7 @@ class _SharedQKV(torch.autograd.Function):
         BT = min(max(1, PAIRS // BP), triton.next_power_of_2(T))
         ctx.tile = {"H": heads, "K": D // heads, "HALF": cos.shape[-1], "BT": BT, "BP": BP, "EPS": UNIT_EPS, **flags}
         with torch.cuda.device_of(qkv):
-            _forward_kernel[(ceiling(T, BT), heads, 3 * B)](
+            _shared_qkv_kernel[(ceiling(T, BT), heads, 3 * B)](
                 qkv, scale, offset, cos, sin, turned, fast, T, B, **ctx.tile
             )
         ctx.save_for_backward(qkv, scale, offset, cos, sin)
@@ -84,7 +84,7 @@ class _SharedQKV(torch.autograd.Function):
         dqkv = torch.empty_like(qkv)
         shares = torch.empty(2, B * P, D, 2, dtype=torch.float32, device=qkv.device)
         with torch.cuda.device_of(qkv):
-            _backward_kernel[(P, H, 3 * B)](
+            _shared_qkv_back_kernel[(P, H, 3 * B)](
                 qkv, scale, offset, cos, sin, *(x.contiguous() for x in grads), dqkv, shares, T, B, **ctx.tile
             )
         dscale, doffset = shares.sum(1)
@@ -98,7 +98,7 @@ def _slope(z, s):
 
 
 @triton.jit
-def _forward_kernel(
+def _shared_qkv_kernel(
     qkv, scale, offset, cos, sin, turned, fast, T, B,
     H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, EPS: tl.constexpr,
     SILU: tl.constexpr, SILU_V: tl.constexpr, TURN: tl.constexpr,
@@ -146,7 +146,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _shared_qkv_back_kernel(
     qkv, scale, offset, cos, sin, dq, dk, dv, dfast_q, dfast_k, dfast_v, dqkv, shares, T, B,
     H: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, EPS: tl.constexpr,
     SILU: tl.constexpr, SILU_V: tl.constexpr, TURN: tl.constexpr,

@@ -21,7 +21,7 @@ from torch import Tensor
 from refine_kernels.packing import Packing
 from refine_kernels.runtime import ceiling, why_no_triton
 
-CHANNELS = 64
+CHANNELS = 128
 """Of one program at most; where heads are normed, a program holds one whole head."""
 ELEMENTS = 2048
 """Of one program, where heads are no larger; and of 64 tokens at most."""
@@ -69,7 +69,7 @@ class _ShortConv(torch.autograd.Function):
         y = x.new_empty(B, T, D)
         with torch.cuda.device_of(x):
             count, *where = _blocks(packing, T, ctx.sizes["BT"])
-            _forward_kernel[(count, ceiling(D, C), B)](x, weight, before, bias, y, *where, **ctx.sizes, **ctx.form)
+            _short_conv_kernel[(count, ceiling(D, C), B)](x, weight, before, bias, y, *where, **ctx.sizes, **ctx.form)
         ctx.save_for_backward(x, weight, before, bias)
         return y
 
@@ -83,14 +83,14 @@ class _ShortConv(torch.autograd.Function):
         dbefore = torch.empty_like(before) if before is not None and ctx.needs_input_grad[2] else None
         with torch.cuda.device_of(x):
             count, *where = _blocks(ctx.packing, T, sizes["BT"])
-            _slope_kernel[(count, ceiling(D, sizes["C"]), B)](
+            _short_conv_slope_kernel[(count, ceiling(D, sizes["C"]), B)](
                 x, weight, before, bias, dy.contiguous(), dz, *where, **sizes, **ctx.form
             )
             BC = triton.next_power_of_2(min(CHANNELS, D))
             BT = min(WALK, triton.next_power_of_2(T + W - 1))
             count, *where = _blocks(ctx.packing, T, BT, W - 1)
             dweight = torch.empty(B * count, W + (bias is not None), D, dtype=torch.float32, device=x.device)
-            _input_kernel[(count, ceiling(D, BC), B)](
+            _short_conv_input_kernel[(count, ceiling(D, BC), B)](
                 dz, x, weight, before, dx, dbefore, dweight, *where, T=T, D=D, W=W, WP=triton.next_power_of_2(W),
                 BT=BT, BR=min(16, BT), BC=BC, BEFORE=sizes["BEFORE"], PACKED=sizes["PACKED"], LEAD=sizes["LEAD"],
                 STATE=dbefore is not None, BIAS=bias is not None,
@@ -159,7 +159,7 @@ def _input(
 
 
 @triton.jit
-def _forward_kernel(
+def _short_conv_kernel(
     x, weight, before, bias, y, blocks, starts, T, D: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BEFORE: tl.constexpr, PACKED: tl.constexpr, LEAD: tl.constexpr,
     SILU: tl.constexpr, UNIT: tl.constexpr, BIAS: tl.constexpr,
@@ -182,7 +182,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _slope_kernel(
+def _short_conv_slope_kernel(
     x, weight, before, bias, dy, dz, blocks, starts, T, D: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, BEFORE: tl.constexpr, PACKED: tl.constexpr, LEAD: tl.constexpr,
     SILU: tl.constexpr, UNIT: tl.constexpr, BIAS: tl.constexpr,
@@ -209,7 +209,7 @@ def _slope_kernel(
 
 
 @triton.jit
-def _input_kernel(
+def _short_conv_input_kernel(
     dz, x, weight, before, dx, dbefore, dweight, blocks, starts, T, D: tl.constexpr, W: tl.constexpr,
     WP: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BEFORE: tl.constexpr,
     PACKED: tl.constexpr, LEAD: tl.constexpr, STATE: tl.constexpr, BIAS: tl.constexpr,

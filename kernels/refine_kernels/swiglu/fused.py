@@ -67,7 +67,7 @@ class _SwiGLULinear(torch.autograd.Function):
 def _product(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty_like(up)
     with torch.cuda.device_of(gate):
-        _forward_kernel[(ceiling(gate.numel(), BLOCK),)](gate, up, y, gate.numel(), BLOCK=BLOCK)
+        _swiglu_kernel[(ceiling(gate.numel(), BLOCK),)](gate, up, y, gate.numel(), BLOCK=BLOCK)
     return y
 
 
@@ -75,12 +75,12 @@ def _slopes(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tenso
     """Gradients of gate and up, and the product, which is written over `dy`."""
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     with torch.cuda.device_of(gate):
-        _backward_kernel[(ceiling(gate.numel(), BLOCK),)](gate, up, dy, dgate, dup, gate.numel(), BLOCK=BLOCK)
+        _swiglu_back_kernel[(ceiling(gate.numel(), BLOCK),)](gate, up, dy, dgate, dup, gate.numel(), BLOCK=BLOCK)
     return dgate, dup, dy
 
 
 @triton.jit
-def _forward_kernel(gate, up, y, N, BLOCK: tl.constexpr):
+def _swiglu_kernel(gate, up, y, N, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_gate = tl.load(gate + at, mask=at < N, other=0).to(tl.float32)
     b_up = tl.load(up + at, mask=at < N, other=0).to(tl.float32)
@@ -88,7 +88,7 @@ def _forward_kernel(gate, up, y, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(gate, up, dy, dgate, dup, N, BLOCK: tl.constexpr):
+def _swiglu_back_kernel(gate, up, dy, dgate, dup, N, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_gate = tl.load(gate + at, mask=at < N, other=0).to(tl.float32)
     b_up = tl.load(up + at, mask=at < N, other=0).to(tl.float32)

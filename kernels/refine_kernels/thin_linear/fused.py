@@ -100,7 +100,7 @@ def _launched(
         return [*tensors, *[tensors[-1]] * (MOST_MAPS - len(tensors))]
 
     with torch.cuda.device_of(x):
-        _kernel[(programs,)](
+        _thin_linear_kernel[(programs,)](
             x, *four(weights), *four([weights[0] if b is None else b.contiguous() for b in biases]), *four(outputs),
             *[*sizes, *[0] * (MOST_MAPS - len(sizes))], *firsts, rows,
             D=D, BIASED=sum((b is not None) << i for i, b in enumerate(biases)), SWIGLU=swiglu,
@@ -180,7 +180,7 @@ def _products(
 
 
 @triton.jit(do_not_specialize=["N0", "N1", "N2", "N3", "first_1", "first_2", "first_3", "rows"])
-def _kernel(
+def _thin_linear_kernel(
     x, w0, w1, w2, w3, bias_0, bias_1, bias_2, bias_3, y0, y1, y2, y3,
     N0, N1, N2, N3, first_1, first_2, first_3, rows,
     D: tl.constexpr, BIASED: tl.constexpr, SWIGLU: tl.constexpr,
