@@ -5,7 +5,7 @@ the same faster, and the folder's `__init__.py` is its only public name. `choose
 runs. Nothing here knows of models, training or evaluation.
 """
 
-from refine_kernels.delta_rule import DeltaRule, delta_rule, delta_state
+from refine_kernels.delta_rule import DeltaRule, delta_rule, delta_state, delta_step
 from refine_kernels.fork_attention import fork_attention
 from refine_kernels.lact import LaCT, lact
 from refine_kernels.lact_step import lact_step
@@ -17,7 +17,7 @@ from refine_kernels.packing import Packing, picked, placed
 from refine_kernels.rms_norm import add_rms_norm, gated_rms_norm, rms_norm
 from refine_kernels.rotary import Turns, rotary
 from refine_kernels.shared_qkv import SharedQKV, shared_qkv
-from refine_kernels.short_conv import last_inputs, short_conv
+from refine_kernels.short_conv import last_inputs, short_conv, short_conv_step
 from refine_kernels.swiglu import swiglu, swiglu_linear
 from refine_kernels.thin_linear import thin_linear, thin_linears, thin_swiglu
 from refine_kernels.window_attention import window_attention
@@ -36,6 +36,7 @@ __all__ = [
     "add_rms_norm",
     "delta_rule",
     "delta_state",
+    "delta_step",
     "fork_attention",
     "gated_rms_norm",
     "lact",
@@ -49,6 +50,7 @@ __all__ = [
     "rotary",
     "shared_qkv",
     "short_conv",
+    "short_conv_step",
     "swiglu",
     "swiglu_linear",
     "tapped",

@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from refine_kernels import Lookup, Packing, Tap, delta_rule, delta_state, last_inputs, short_conv, tapped
+from refine_kernels import (
+    Lookup,
+    Packing,
+    Tap,
+    delta_rule,
+    delta_state,
+    delta_step,
+    last_inputs,
+    short_conv,
+    short_conv_step,
+    tapped,
+)
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -191,11 +202,14 @@ class DeltaMixer(FastWeightLayer):
         self, name: str, x_BTD: Tensor, around: Around, *, silu: bool = True, unit_heads: int | None = None
     ) -> Tensor:
         """Convolution, activation and norm in one pass; a layer without convolution has one of one tap, which is 1."""
+        started = around.before.get(f"{name}_inputs")
         if self.use_short_conv:
             weight_DW, packing = getattr(self, f"{name}_conv1d").weight[:, 0], around.packing
+            if around.moves_on:
+                assert started is not None
+                return short_conv_step(x_BTD[:, 0], weight_DW, started, silu=silu, unit_heads=unit_heads)[:, None]
         else:  # no token meets another, so where texts end does not matter
             weight_DW, packing = x_BTD.new_ones(x_BTD.shape[-1], 1), None
-        started = around.before.get(f"{name}_inputs")
         return short_conv(
             x_BTD, weight_DW, started, silu=silu, unit_heads=unit_heads, packing=packing, leading=around.leading
         )
@@ -208,6 +222,8 @@ class DeltaMixer(FastWeightLayer):
         if forkable:
             x_BTD, tap = tapped(x_BTD)
         said = self._projected(x_BTD, "qkv" + self.controls + ("g" if self.gated else ""))
+        if rows.in_place and rows.T == 1 and state is not None:
+            return self._spoken(self._step(said, state), said), state, None
         packing = rows.packing
         around = Around(before, packing)
         q_BTGK, k_BTGK = (self.query_or_key(name, said[name], around) for name in "qk")
@@ -217,18 +233,30 @@ class DeltaMixer(FastWeightLayer):
         rule = delta_rule(
             q_BTGK, k_BTGK, v_BTHV, beta_BTH, memory_BHKV, g_BTH=g_BTH, boundaries=forkable, packing=packing
         )
-        o_BTHV = rule.outputs_BTHV
-        o_BTHV = self.o_norm(o_BTHV, said["g"].view_as(o_BTHV)) if self.gated else self.o_norm(o_BTHV)
+        y_BTD = self._spoken(rule.outputs_BTHV, said)
         after = {"memory": rule.state_BHKV}
         if self.use_short_conv:
             for name in "qkv":
                 started = before.get(f"{name}_inputs")
                 after[f"{name}_inputs"] = last_inputs(said[name], started, None, self.taps, packing)
-        y_BTD = self.o_proj(o_BTHV.flatten(2))
         if not forkable:
             return y_BTD, after, None
         kept = {"states": rule.boundaries, "stride": rule.stride, "chunk": rule.chunk}
         return y_BTD, after, {"x": tap, "rows": rows, "before": before, **kept}
+
+    def _step(self, said: dict[str, Tensor], state: dict[str, Tensor]) -> Tensor:
+        """What one more token of each row reads, [B, 1, H, V]; the state is written over."""
+        around = Around(state, None, moves_on=True)
+        q_BGK, k_BGK = (self.query_or_key(name, said[name], around)[:, 0] for name in "qk")
+        v_BHV = self._values(said["v"], around)[:, 0]
+        beta_BTH, g_BTH = self.strengths(said)
+        g_BH = None if g_BTH is None else g_BTH[:, 0]
+        return delta_step(q_BGK, k_BGK, v_BHV, beta_BTH[:, 0], state["memory"], g_BH=g_BH)[:, None]
+
+    def _spoken(self, o_BTHV: Tensor, said: dict[str, Tensor]) -> Tensor:
+        """The layer's outputs from what was read."""
+        o_BTHV = self.o_norm(o_BTHV, said["g"].view_as(o_BTHV)) if self.gated else self.o_norm(o_BTHV)
+        return self.o_proj(o_BTHV.flatten(2))
 
     def fork(self, tape: Tape, positions_BC: Tensor) -> dict[str, Tensor]:
         """The memory before each position's chunk, and the few tokens since, read again from the layer's own inputs."""
@@ -316,6 +344,8 @@ class Around(NamedTuple):
     packing: Packing | None
     leading: bool = False
     """Whether the inputs before are the first of those that they get, and give no outputs."""
+    moves_on: bool = False
+    """Whether one token is read and `before` written over with the inputs before the next."""
 
 
 class Masks(NamedTuple):

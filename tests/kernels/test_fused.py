@@ -27,6 +27,7 @@ else:
         Packing,
         add_normed_heads,
         add_rms_norm,
+        delta_step,
         fork_attention,
         gated_rms_norm,
         linear_head,
@@ -36,10 +37,12 @@ else:
         rotary,
         shared_qkv,
         short_conv,
+        short_conv_step,
         swiglu,
         swiglu_linear,
         window_step,
     )
+    from refine_kernels.delta_rule import fused as delta_fused
     from refine_kernels.delta_rule.fused import state_gradients, states
     from refine_kernels.fork_attention import Elsewhere
     from refine_kernels.lact import Chunk, FastWeights, Fresh, Place, kernels, lact, row_norms
@@ -133,6 +136,35 @@ else:
             return short_conv(x, weight, before, bias_D=bias, unit_heads=2, impl=impl)
 
         compare(biased, [x, weight, before, bias])
+
+    @torch.no_grad()
+    @dtypes
+    @pytest.mark.parametrize(
+        ("D", "W", "settings"),
+        [(12, 4, {"unit_heads": 2}), (300, 3, {"silu": False}), (24, 2, {"unit_heads": 3}), (12, 1, {})],
+    )
+    def test_short_convolution_of_one_token(dtype, D, W, settings):
+        x, weight, state = draw(3, D, dtype=dtype), draw(D, W, dtype=dtype), draw(3, W - 1, D, dtype=dtype)
+        exact = [t.double() for t in (x, weight, state)]
+        for _ in range(3):
+            got = short_conv_step(x, weight, state, impl="fused", **settings)
+            assert_close(got, short_conv_step(*exact, impl="reference", **settings))
+            assert_close(state, exact[-1])
+
+    @torch.no_grad()
+    @dtypes
+    @pytest.mark.parametrize("decay", (False, True))
+    @pytest.mark.parametrize(("G", "H", "K", "V"), [(1, 2, 20, 40), (2, 2, 16, 8)])
+    def test_delta_rule_of_one_token(dtype, decay, G, H, K, V):
+        q, k, v = draw(3, G, K, dtype=dtype), draw(3, G, K, dtype=dtype, seed=1), draw(3, H, V, dtype=dtype)
+        k = torch.nn.functional.normalize(k, dim=-1)
+        beta, state = draw(3, H).sigmoid(), draw(3, H, K, V).detach().clone()
+        g = -draw(3, H, seed=3).abs() if decay else None
+        exact, exact_g = [t.double() for t in (q, k, v, beta, state)], None if g is None else g.double()
+        for _ in range(3):
+            got = delta_fused.delta_step(q, k, v, beta, state, g_BH=g)
+            assert_close(got, delta_step(*exact, g_BH=exact_g, impl="reference"))
+            assert_close(state, exact[-1])
 
     def packed(*lengths):
         return Packing(lengths, torch.tensor(lengths, device=DEVICE), max(lengths))

@@ -11,7 +11,7 @@ from refine_kernels.choose import Impl, choose
 from refine_kernels.delta_rule.reference import DeltaRule
 from refine_kernels.packing import Packing
 
-__all__ = ["DeltaRule", "delta_rule", "delta_state"]
+__all__ = ["DeltaRule", "delta_rule", "delta_state", "delta_step"]
 
 
 def delta_rule(
@@ -64,3 +64,21 @@ def delta_state(
     """The state [B, H, K, V] after the last token, where nobody reads the memory on the way; see `delta_rule`."""
     ops = choose(__name__, impl, k_BTGK, decay=g_BTH is not None)
     return ops.delta_state(k_BTGK, v_BTHV, beta_BTH, state_BHKV, g_BTH=g_BTH)
+
+
+def delta_step(
+    q_BGK: Tensor,
+    k_BGK: Tensor,
+    v_BHV: Tensor,
+    beta_BH: Tensor,
+    state_BHKV: Tensor,
+    *,
+    g_BH: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """One more token of each row: outputs [B, H, V] in the dtype of v. There are no gradients.
+
+    The state is written over with the one after the token. See `delta_rule` for everything else.
+    """
+    ops = choose(__name__, impl, q_BGK, decay=g_BH is not None)
+    return ops.delta_step(q_BGK, k_BGK, v_BHV, beta_BH, state_BHKV, g_BH=g_BH)

@@ -7,6 +7,7 @@ of those are kept; the others can be read again from them. Where nobody reads on
 Backward: a fork's gradient arrives at the start of a chunk and must join the recurrence there (`state_gradients`).
 
 Both recurrences hold a whole column of keys of a few values, and all their matrix products go from there into there.
+One token at a time is a kernel of its own (`delta_step`).
 
 Packed texts go through the same kernels: each text has chunks and a recurrence of its own.
 """
@@ -86,6 +87,30 @@ def delta_state(
     if _few(k_BTGK.shape[1], inputs):
         return _token_by_token(inputs, 1.0, None)[1]
     return _Chunked.apply(*inputs, 1.0, None, None, [])[1]  # pyright: ignore[reportOptionalSubscript]
+
+
+def delta_step(
+    q_BGK: Tensor,
+    k_BGK: Tensor,
+    v_BHV: Tensor,
+    beta_BH: Tensor,
+    state_BHKV: Tensor,
+    *,
+    g_BH: Tensor | None = None,
+) -> Tensor:
+    """See `refine_kernels.delta_rule.delta_step`."""
+    q, k, v, beta = (x.contiguous() for x in (q_BGK, k_BGK, v_BHV, beta_BH))
+    g = None if g_BH is None else g_BH.contiguous()
+    assert state_BHKV.is_contiguous()
+    B, H, K, V = state_BHKV.shape
+    out = torch.empty_like(v)
+    BK, BV = triton.next_power_of_2(K), min(32, triton.next_power_of_2(V))
+    with torch.cuda.device_of(q):
+        _step_kernel[(ceiling(V, BV), B * H)](
+            q, k, v, beta, g, state_BHKV, out, K**-0.5, G=q.shape[1], H=H, K=K, V=V, BK=BK, BV=BV,
+            DECAY=g is not None, num_warps=8 if BK * BV > 4096 else 4,
+        )  # fmt: skip
+    return out
 
 
 Inputs = tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -418,3 +443,29 @@ def _state_gradients_kernel(
             b_dh += tl.load(dforks + fork + of_state, mask=in_state & (entry >= 0), other=0).to(tl.float32)
     if START:
         tl.store(dstart + (row * H + head) * K * V + of_state, b_dh, mask=in_state)
+
+
+@triton.jit
+def _step_kernel(
+    q, k, v, beta, g, state, out, scale,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr,
+):  # fmt: skip
+    memory = tl.program_id(1).to(tl.int64)  # of a row and a head
+    row, head = memory // H, memory % H
+    keys = tl.arange(0, BK)
+    values = tl.program_id(0) * BV + tl.arange(0, BV)
+    qk = (row * G + head // (H // G)) * K + keys
+    of_state = memory * K * V + keys[:, None] * V + values[None, :]
+    in_state = (keys[:, None] < K) & (values[None, :] < V)
+    b_s = tl.load(state + of_state, mask=in_state, other=0)
+    b_q = tl.load(q + qk, mask=keys < K, other=0).to(tl.float32)
+    b_k = tl.load(k + qk, mask=keys < K, other=0).to(tl.float32)
+    b_v = tl.load(v + memory * V + values, mask=values < V, other=0).to(tl.float32)
+    if DECAY:
+        b_s *= tl.exp(tl.load(g + memory).to(tl.float32))
+    b_u = tl.load(beta + memory).to(tl.float32) * (b_v - tl.sum(b_k[:, None] * b_s, 0))
+    b_s += b_k[:, None] * b_u[None, :]
+    tl.store(state + of_state, b_s, mask=in_state)
+    b_o = tl.sum(b_q[:, None] * b_s, 0) * scale
+    tl.store(out + memory * V + values, b_o.to(out.dtype.element_ty), mask=values < V)

@@ -114,6 +114,23 @@ def delta_state(
     return delta_rule(k_BTGK, k_BTGK, v_BTHV, beta_BTH, state_BHKV, g_BTH=g_BTH).state_BHKV
 
 
+def delta_step(
+    q_BGK: Tensor,
+    k_BGK: Tensor,
+    v_BHV: Tensor,
+    beta_BH: Tensor,
+    state_BHKV: Tensor,
+    *,
+    g_BH: Tensor | None = None,
+) -> Tensor:
+    """See `refine_kernels.delta_rule.delta_step`."""
+    token = [None if x is None else x[:, None] for x in (q_BGK, k_BGK, v_BHV, beta_BH, g_BH)]
+    q_B1GK, k_B1GK, v_B1HV, beta_B1H, g_B1H = cast(Inputs, token)
+    rule = delta_rule(q_B1GK, k_B1GK, v_B1HV, beta_B1H, state_BHKV, g_BTH=g_B1H)
+    state_BHKV.copy_(rule.state_BHKV)
+    return rule.outputs_BTHV[:, 0]
+
+
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 """Queries, keys, values, beta and g, all with as many heads."""
 

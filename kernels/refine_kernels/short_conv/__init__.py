@@ -7,7 +7,7 @@ from torch import Tensor
 from refine_kernels.choose import Impl, choose
 from refine_kernels.packing import Packing
 
-__all__ = ["last_inputs", "short_conv"]
+__all__ = ["last_inputs", "short_conv", "short_conv_step"]
 
 
 def short_conv(
@@ -40,6 +40,23 @@ def short_conv(
     ops = choose(__name__, impl, x_BTD)
     settings = {"bias_D": bias_D, "silu": silu, "unit_heads": unit_heads, "packing": packing, "leading": leading}
     return ops.short_conv(x_BTD, weight_DW, before_BPD, **settings)
+
+
+def short_conv_step(
+    x_BD: Tensor,
+    weight_DW: Tensor,
+    before_BPD: Tensor,
+    *,
+    silu: bool = True,
+    unit_heads: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """One more token of each row, [B, D] in the dtype of x; see `short_conv`. There are no gradients.
+
+    before_BPD is written over with the last P inputs including the token.
+    """
+    ops = choose(__name__, impl, x_BD)
+    return ops.short_conv_step(x_BD, weight_DW, before_BPD, silu=silu, unit_heads=unit_heads)
 
 
 def last_inputs(

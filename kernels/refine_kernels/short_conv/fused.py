@@ -50,6 +50,24 @@ def short_conv(
     return _ShortConv.apply(x_BTD, weight_DW, before_BPD, bias_D, silu, heads, packing, leading)  # pyright: ignore[reportReturnType]
 
 
+def short_conv_step(
+    x_BD: Tensor, weight_DW: Tensor, before_BPD: Tensor, *, silu: bool = True, unit_heads: int | None = None
+) -> Tensor:
+    """See `refine_kernels.short_conv.short_conv_step`."""
+    assert before_BPD.is_contiguous()
+    x, weight = x_BD.contiguous(), weight_DW.contiguous()
+    B, D = x.shape
+    W = weight.shape[1]
+    C = D // unit_heads if unit_heads else min(CHANNELS, D)
+    y = torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        _short_conv_step_kernel[(ceiling(D, C), B)](
+            x, weight, before_BPD, y, D=D, C=C, W=W, WP=triton.next_power_of_2(W), BC=triton.next_power_of_2(C),
+            SILU=silu, UNIT=bool(unit_heads), num_warps=2,
+        )  # fmt: skip
+    return y
+
+
 class _ShortConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, before, bias, silu, heads, packing, leading):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -246,3 +264,29 @@ def _short_conv_input_kernel(
     tl.store(share + taps[:, None] * D + channels[None, :], tl.sum(b_dw, 1), mask=kept[None, :] & (taps[:, None] < W))
     if BIAS:
         tl.store(share + W * D + channels, tl.sum(b_db, 0), mask=kept)
+
+
+@triton.jit
+def _short_conv_step_kernel(
+    x, weight, before, y, D: tl.constexpr, C: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BC: tl.constexpr,
+    SILU: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    taps, local = tl.arange(0, WP)[:, None], tl.arange(0, BC)
+    channels = tl.program_id(0) * C + local
+    kept = (local < C) & (channels < D)
+    state = before + row * (W - 1) * D + channels[None, :]
+    b_x = tl.load(state + taps * D, mask=kept[None, :] & (taps < W - 1), other=0).to(tl.float32)
+    b_x += tl.load(x + row * D + channels[None, :] + taps * 0, mask=kept[None, :] & (taps == W - 1), other=0).to(
+        tl.float32
+    )
+    b_w = tl.load(weight + channels[None, :] * W + taps, mask=kept[None, :] & (taps < W), other=0).to(tl.float32)
+    b_y = tl.sum(b_x * b_w, 0)
+    if SILU:
+        b_y *= tl.sigmoid(b_y)
+    if UNIT:
+        b_y *= 1 / tl.sqrt(tl.sum(b_y * b_y, 0) + 1e-6)
+    tl.store(y + row * D + channels, b_y.to(y.dtype.element_ty), mask=kept)
+    tl.debug_barrier()  # every input has been read before one is written over
+    moved = kept[None, :] & (taps > 0) & (taps < W)
+    tl.store(state + (taps - 1) * D, b_x.to(before.dtype.element_ty), mask=moved)

@@ -47,6 +47,15 @@ def short_conv(
     return y_BTD.to(x_BTD.dtype)
 
 
+def short_conv_step(
+    x_BD: Tensor, weight_DW: Tensor, before_BPD: Tensor, *, silu: bool = True, unit_heads: int | None = None
+) -> Tensor:
+    """See `refine_kernels.short_conv.short_conv_step`."""
+    y_B1D = short_conv(x_BD[:, None], weight_DW, before_BPD, silu=silu, unit_heads=unit_heads)
+    before_BPD.copy_(last_inputs(x_BD[:, None], before_BPD, None, weight_DW.shape[1]))
+    return y_B1D[:, 0]
+
+
 def last_inputs(
     x_BTD: Tensor,
     before_BPD: Tensor | None,
