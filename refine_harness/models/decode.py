@@ -45,14 +45,20 @@ class Decoder:
                 self._graph.load(state, times)
                 seen += [seen[-1]] * (rows - self._rows)
         self._seen = seen
-        self._plain = None if self._graph is not None else state.repeat(times)
+        self._plain = None
+        if self._graph is None:
+            self._plain = state.repeat(times)
+            if times == 1 and not torch.is_grad_enabled():  # steps may write into it
+                self._plain = state.clone()
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Read one token per row; hidden states [R, D] after the final norm, valid until the next step."""
         kind = self._model.step_kind(self._seen)
         self._seen = [n + 1 for n in self._seen]
         if self._graph is None:
-            reading = self._model.read(tokens_R[:, None], self._plain, forkable=False)
+            # The same operations as of a recorded step.
+            in_place = not torch.is_grad_enabled()
+            reading = self._model.read(tokens_R[:, None], self._plain, forkable=False, in_place=in_place)
             self._plain = reading.state
             return reading.hidden[:, 0]
         if len(self._seen) > self._rows:
@@ -61,7 +67,7 @@ class Decoder:
 
     @property
     def state(self) -> State:
-        """The states now. With a graph they are the decoder's own memory: `clone` what must outlive the next step."""
+        """The states now, in the decoder's own memory: `clone` what must outlive the next step."""
         if self._graph is None:
             assert self._plain is not None
             return self._plain

@@ -66,7 +66,10 @@ class State:
 
     def clone(self) -> State:
         """The same values in memory of their own."""
-        return self._map(Tensor.clone)
+        copy = self._map(Tensor.clone)
+        if "seen" in self.__dict__:  # on the host already
+            copy.assume_seen(self.seen)
+        return copy
 
     def to(self, device: torch.device | str) -> State:
         """The same values on another device."""

@@ -95,8 +95,8 @@ def test_the_policy_gradient_reaches_the_document_through_the_fork(model, batch)
     whole = gradients(model, refine_step(model, batch, algorithm, rng()), algorithm)
     read = model.read
 
-    def cut(tokens, state=None, lengths=None, forkable=True):
-        return read(tokens, None if state is None else state.detach(), lengths, forkable)
+    def cut(tokens, state=None, **options):
+        return read(tokens, None if state is None else state.detach(), **options)
 
     model.read = cut
     try:
