@@ -32,7 +32,7 @@ from transformers import PretrainedConfig
 from refine_harness.errors import ModelError
 from refine_harness.models.attention import Attention, attention_specs
 from refine_harness.models.base import FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import Block, CausalLM, GatedRMSNorm, Linear, RMSNorm, ShortConvolution, each
+from refine_harness.models.modules import Block, CausalLM, GatedRMSNorm, Linear, RMSNorm, ShortConvolution, each, plain
 from refine_harness.models.recorded import recorded
 
 
@@ -303,6 +303,7 @@ class DeltaMixer(FastWeightLayer):
         if earlier_RPX is not None:
             first_RP1 = last_RP1.clamp(max=self.taps - 2)
             earlier_RPX = earlier_RPX.gather(1, first_RP1.expand(-1, -1, earlier_RPX.shape[-1]))
+        if self._begins("q", earlier_RPX):
             q_RPX = _begun(q_RPX, masks.inside_RM.gather(1, masks.last_RP), earlier_RPX)
         after["q_inputs"] = q_RPX
         for name in "kv":
@@ -317,7 +318,7 @@ class DeltaMixer(FastWeightLayer):
         P = self.taps - 1
         said = self._projected(x_RMD, "kv" + self.controls)
         for name, earlier_RPX in zip("kv", started_RPX, strict=True):
-            if P and earlier_RPX is not None:
+            if P and self._begins(name, earlier_RPX):
                 said[name] = _begun(said[name], masks.inside_RM[:, :P], earlier_RPX)
         around = Around({}, None, leading=True)
         k_RLGK, v_RLHV = self.query_or_key("k", said["k"], around), self._values(said["v"], around)
@@ -326,6 +327,10 @@ class DeltaMixer(FastWeightLayer):
         beta_RLH = beta_RLH * masks.real_RL[..., None]
         g_RLH = None if g_RLH is None else g_RLH * masks.real_RL[..., None]
         return delta_state(k_RLGK, v_RLHV, beta_RLH, memory_RHKV, g_BTH=g_RLH), said
+
+    def _begins(self, name: str, earlier_RPX: Tensor | None) -> bool:
+        """Whether what a projection makes of nothing is not what was there before the text."""
+        return earlier_RPX is not None or not plain(getattr(self, f"{name}_proj"))
 
     def _projected(self, x_BTD: Tensor, names: str) -> dict[str, Tensor]:
         """What the projections of these names say: queries ("q"), keys, values, the output's gate ("g"), controls."""
@@ -427,10 +432,13 @@ def _spots(rows: Rows, positions_BC: Tensor, stride: int, chunk: int, P: int) ->
     return spots
 
 
-def _begun(x_RMX: Tensor, inside_RP: Tensor, earlier_RPX: Tensor) -> Tensor:
-    """Inputs of a convolution, of which the first P that lie before the text are what the reading started from."""
+def _begun(x_RMX: Tensor, inside_RP: Tensor, earlier_RPX: Tensor | None) -> Tensor:
+    """Inputs of a convolution; the first P are, where they lie before the text, what the reading started from."""
     P = inside_RP.shape[1]
-    first_RPX = torch.where(inside_RP[..., None], x_RMX[:, :P], earlier_RPX.to(x_RMX))
+    if earlier_RPX is None:
+        first_RPX = x_RMX[:, :P] * inside_RP[..., None]
+    else:
+        first_RPX = torch.where(inside_RP[..., None], x_RMX[:, :P], earlier_RPX.to(x_RMX))
     return torch.cat((first_RPX, x_RMX[:, P:]), 1)
 
 

@@ -126,6 +126,23 @@ def test_lora_trains_its_adapters_and_merges_into_the_same_outputs(model):
         assert_close(merged.logits(merged.read(text).hidden), want)
 
 
+@each_family
+def test_a_fork_under_adapters_with_a_bias_is_its_prefix_read_again(model):
+    """What an adapter makes of nothing is not nothing, and must not stand before a text's first token."""
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, lora_bias=True)
+    get_peft_model(model, config).double()
+    for name, p in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            torch.nn.init.normal_(p)
+    text, positions = tokens(1, 40), [0, 1, 2, 21]
+    with torch.no_grad():
+        forks = model.read(text).states_at(torch.tensor([positions]))
+        got = model.read(text[:, :5].expand(4, -1), forks).hidden
+        for c, position in enumerate(positions):
+            again = model.read(torch.cat((text[:, : position + 1], text[:, :5]), 1)).hidden[:, -5:]
+            assert_close(got[c : c + 1], again)
+
+
 @each_model
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(model):
     model.train()
