@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from refine_kernels.choose import Impl, choose
+from refine_kernels.linears.reference import Map
 
 __all__ = ["Map", "linears"]
-
-Map = tuple[Tensor, Tensor | None]
-"""Weight [N, D] and bias [N] of a linear map."""
 
 
 def linears(x: Tensor, maps: Sequence[Map], *, impl: Impl = "auto") -> list[Tensor]:

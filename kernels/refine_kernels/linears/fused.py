@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refine_kernels.linears.reference import Map
 from refine_kernels.runtime import compute_dtype
-
-Map = tuple[Tensor, Tensor | None]
 
 SMALL = 64
 """Maps with fewer outputs are joined."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Map = tuple[Tensor, Tensor | None]
+"""Weight [N, D] and bias [N] of a linear map."""
 
 
 def linears(x: Tensor, maps: Sequence[Map]) -> list[Tensor]:
