@@ -8,10 +8,12 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from refine_kernels import Lookup
 from refine_kernels.runtime import interpreted
 from torch import Tensor
 
@@ -22,10 +24,12 @@ pytestmark = [
     pytest.mark.skipif(interpreted(), reason="nothing is compiled in Triton's interpreter"),
 ]
 
-SPILLED = 32
+SPILLED = 64
 """Bytes of a thread's numbers that may lie outside of its registers."""
 SHARED = 227 * 1024
 """Bytes of shared memory that a program can have on a Hopper GPU."""
+OTHERS = {"A100": (108, 163 * 1024), "RTX 4090": (128, 99 * 1024)}
+"""Processors and bytes of shared memory of other GPUs."""
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
 
 
@@ -59,16 +63,16 @@ def launches(monkeypatch):
         for name, kernel in list(vars(module).items()):
             if name.endswith("_kernel"):
                 monkeypatch.setattr(module, name, Watched(kernel, made))
-    monkeypatch.setattr(delta_rule, "_processors", lambda device: (delta_rule.PROCESSORS, True))
     return made
 
 
-def fits(launches: list[Any]) -> None:
-    """Compile each for a Hopper GPU and look at what it takes."""
+def fits(launches: list[Any], shared: int = SHARED) -> list[int]:
+    """Compile each for a Hopper GPU and look at what it takes; returns the bytes of shared memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     assert launches
+    taken = []
     for kernel, arguments, options in launches:
         signature, constants, aligned = {}, {}, {}
         for i, (name, of) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -83,8 +87,10 @@ def fits(launches: list[Any]) -> None:
                     aligned[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert compiled.metadata.shared <= SHARED, (kernel.__name__, options, compiled.metadata.shared)
+        taken.append(compiled.metadata.shared)
+        assert taken[-1] <= shared, (kernel.__name__, options, taken[-1])
         assert spilled(compiled.asm["cubin"]) <= SPILLED, (kernel.__name__, options)
+    return taken
 
 
 def spilled(binary: bytes) -> int:
@@ -120,10 +126,7 @@ def test_short_convolutions(launches, D, heads):
     fits(launches)
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(2, T), (1, T), (16, 64), (16, 5)], ids=str)
-@pytest.mark.parametrize(("H", "K", "V", "decay"), [(6, 256, 512, True), (16, 128, 128, False)])
-@torch.no_grad()
-def test_states_and_their_gradients(launches, rows, tokens, H, K, V, decay):
+def recurrences(rows: int, tokens: int, H: int, K: int, V: int, *, decay: bool, back: bool = True) -> None:
     from refine_kernels.delta_rule import fused
 
     q, k, w = (draw(rows, tokens, H, K) for _ in range(3))
@@ -132,10 +135,56 @@ def test_states_and_their_gradients(launches, rows, tokens, H, K, V, decay):
     g = draw(rows, tokens, H, dtype=torch.float32) if decay else None
     for told in (True, False):
         fused.states(k, w, u, g, state, told)
-    fused.state_gradients(q, k, w, do, dv, g, state, None, 0.1, True)
-    fused.delta_step(
-        q[:, 0], k[:, 0], u[:, 0], draw(rows, H, dtype=torch.float32), state, g_BH=None if g is None else g[:, 0]
-    )
+    if back:
+        forks = Lookup(torch.zeros(3, dtype=torch.int64)), draw(3, H, K, V)
+        for arrived in (None, forks):
+            fused.state_gradients(q, k, w, do, dv, g, state, arrived, 0.1, True)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(2, T), (1, T), (16, 64), (16, 5)], ids=str)
+@pytest.mark.parametrize(("H", "K", "V", "decay"), [(6, 256, 512, True), (16, 128, 128, False)])
+@torch.no_grad()
+def test_states_and_their_gradients(launches, rows, tokens, H, K, V, decay):
+    from refine_kernels.delta_rule import fused
+
+    recurrences(rows, tokens, H, K, V, decay=decay)
+    taken = fits(launches)
+    for (_, of, options), used in zip(launches, taken, strict=True):  # what the choice of tiles goes by
+        assert used <= fused._bytes(of["BK"], of["BV"], options["num_stages"], "dh" in of)
+
+
+@pytest.mark.parametrize("rows", (1, 2, 16))
+@pytest.mark.parametrize(
+    ("gpu", "K", "V", "back"),
+    [("A100", 128, 128, True), ("A100", 256, 512, False), ("RTX 4090", 64, 64, True), ("RTX 4090", 128, 128, False)],
+)
+@torch.no_grad()
+def test_smaller_gpus_get_tiles_that_fit_them(launches, monkeypatch, gpu, K, V, back, rows):
+    from refine_kernels.delta_rule import fused
+
+    monkeypatch.setattr(fused, "_gpu", lambda device: OTHERS[gpu])
+    recurrences(rows, T, 8, K, V, decay=True, back=back)
+    fits(launches, OTHERS[gpu][1])
+
+
+def test_a_tile_that_no_choice_makes_small_enough_is_refused(monkeypatch):
+    from refine_kernels.delta_rule import fused
+
+    monkeypatch.setattr(fused, "_gpu", lambda device: OTHERS["A100"])
+    x = draw(1, 1, 1, 256)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), shape=x.shape, dtype=x.dtype, requires_grad=True)
+    assert "shared memory; this GPU has 166912" in str(fused.why_not(on_gpu))
+    with torch.no_grad():
+        assert "shared memory" not in str(fused.why_not(on_gpu))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("H", "K", "V"), [(6, 256, 512), (16, 128, 128)])
+def test_one_token(launches, H, K, V):
+    from refine_kernels.delta_rule import fused
+
+    state, scalars = draw(4, H, K, V, dtype=torch.float32), [draw(4, H, dtype=torch.float32) for _ in range(2)]
+    fused.delta_step(draw(4, H, K), draw(4, H, K), draw(4, H, V), scalars[0], state, g_BH=scalars[1])
     fits(launches)
 
 

@@ -37,8 +37,10 @@ EVERY = 2
 """Of the states before each chunk at most every second is kept for forks: half the memory where texts are short."""
 FEW = 32
 """Up to so many tokens are read one after another where no gradient is wanted: faster than a padded chunk."""
-PROCESSORS = 132
-"""Of a GPU that is not asked: those of a Hopper GPU."""
+HOPPER = 132, 227 * 1024
+"""Processors and bytes of shared memory that a program can have: of a GPU that is not asked."""
+WIDTHS = 16, 32, 64
+"""Value channels that a program of the recurrences can have."""
 LOG2_E = 1.4426950408889634
 
 Arrivals = tuple[Lookup, Tensor]
@@ -50,6 +52,10 @@ def why_not(x: Tensor, decay: bool = False) -> str | None:
         return f"the tensor is on {x.device.type}, not on cuda"
     if x.shape[-1] > LARGEST_KEY:
         return f"heads have {x.shape[-1]} key channels; the kernels take at most {LARGEST_KEY}"
+    back = torch.is_grad_enabled() and x.requires_grad
+    taken, shared = _bytes(max(16, triton.next_power_of_2(x.shape[-1])), WIDTHS[0], 2, back), _gpu(x.device)[1]
+    if taken > shared:
+        return f"tiles of {x.shape[-1]} key channels take {taken} bytes of shared memory; this GPU has {shared}"
     return why_no_triton(x, (torch.bfloat16, torch.float16)) or (fla.why_no_decay() if decay else fla.why_not())
 
 
@@ -238,7 +244,7 @@ def states(
     h = k_BTGK.new_empty(B, N, H, K, V) if told else None
     written = torch.empty_like(u_BTHV) if told else None
     after = torch.empty(texts, H, K, V, dtype=torch.float32, device=k_BTGK.device)
-    tile = _tile(k_BTGK, texts * H, V, 64 if K > 128 else 32, packing)
+    tile = _tile(k_BTGK, texts * H, V, packing, back=False)
     with torch.cuda.device_of(k_BTGK):
         _states_kernel[(ceiling(V, tile["BV"]), texts * H)](
             k_BTGK, w_BTHK, u_BTHV, g_BTH, state_BHKV, h, written, after, starts, chunk_starts, T,
@@ -248,29 +254,37 @@ def states(
     return h, written, after
 
 
-def _tile(x_BTGK: Tensor, sequences: int, V: int, widest: int, packing: Packing | None) -> dict[str, Any]:
+def _tile(x_BTGK: Tensor, sequences: int, V: int, packing: Packing | None, *, back: bool) -> dict[str, Any]:
     """How the recurrences are cut: tokens of a chunk, channels of a program, its warps, and what is fetched ahead.
 
     A program goes through one of so many sequences with so few value channels that as many processors as there are
-    have work, but with at most `widest`. The numbers were measured on an H100.
+    have work. The numbers were measured on an H100.
     """
     T, K = x_BTGK.shape[1], x_BTGK.shape[-1]
-    processors, roomy = _processors(x_BTGK.device)
-    BK, most = (max(16, triton.next_power_of_2(size)) for size in (K, min(widest, V)))
-    BV = next(BV for BV in (16, 32, 64) if most <= BV or sequences * ceiling(V, BV) <= processors)
-    ahead = 3 if BK <= 128 and roomy and sequences * ceiling(V, BV) <= processors else 2
+    processors, shared = _gpu(x_BTGK.device)
+    BK, most = (max(16, triton.next_power_of_2(size)) for size in (K, min(V, 32 if back or K <= 128 else 64)))
+    wanted = next(BV for BV in WIDTHS if most <= BV or sequences * ceiling(V, BV) <= processors)
+    ahead = 3 if BK <= 128 and sequences * ceiling(V, wanted) <= processors else 2
+    choices = [(BV, stages) for stages in (ahead, 2) for BV in reversed(WIDTHS) if wanted >= BV]
+    BV, stages = next((each for each in choices if _bytes(BK, *each, back) <= shared), choices[-1])
     # One short piece of text needs no more of a chunk than that.
     L = CHUNK if packing is not None else min(CHUNK, max(16, triton.next_power_of_2(T)))
-    return {"L": L, "BK": BK, "BV": BV, "num_warps": 8 if BK * BV > 8192 else 4, "num_stages": ahead}
+    return {"L": L, "BK": BK, "BV": BV, "num_warps": 8 if BK * BV > 8192 else 4, "num_stages": stages}
+
+
+def _bytes(BK: int, BV: int, stages: int, back: bool) -> int:
+    """Shared memory that a program takes, at most: what is fetched ahead of each token, and the state as an operand."""
+    of_token = 3 * BK + 2 * BV if back else 2 * BK + BV
+    return 2 * stages * CHUNK * of_token + BK * BV * (3 if back else 5) // 2 + 1024
 
 
 @cache
-def _processors(device: torch.device) -> tuple[int, bool]:
-    """How many there are, and whether each has a Hopper GPU's shared memory."""
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Its processors, and the bytes of shared memory that a program can have."""
     if device.type != "cuda":
-        return PROCESSORS, False
+        return HOPPER
     of = torch.cuda.get_device_properties(device)
-    return of.multi_processor_count, of.shared_memory_per_block_optin >= 200_000
+    return of.multi_processor_count, of.shared_memory_per_block_optin
 
 
 def _chunks(B: int, T: int, packing: Packing | None) -> tuple[int, int, Tensor | None, Tensor | None]:
@@ -318,7 +332,7 @@ def state_gradients(
     dh = q_BTGK.new_empty(B, N, H, K, V)
     dstart = torch.empty(texts, H, K, V, dtype=torch.float32, device=q_BTGK.device) if wants_start else None
     dv2 = torch.empty_like(dv_BTHV)
-    tile = _tile(q_BTGK, texts * H, V, 32, packing)
+    tile = _tile(q_BTGK, texts * H, V, packing, back=True)
     entry_BN, dforks_MHKV = None, None
     if forks is not None:
         lookup, dforks_MHKV = forks
