@@ -19,7 +19,7 @@ from torch import Tensor
 
 from refine_harness.errors import ModelError
 from refine_harness.models.base import FastWeightLayer, Rows, Tape
-from refine_harness.models.modules import Linear, turns
+from refine_harness.models.modules import Linear, each, turns
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,9 @@ class Attention(FastWeightLayer):
     def forward(
         self, x_BTD: Tensor, state: dict[str, Tensor] | None, rows: Rows, forkable: bool
     ) -> tuple[Tensor, dict[str, Tensor], Tape | None]:
-        q_BTHD = self.q_proj(x_BTD).unflatten(-1, (self.heads, -1))
-        k_BTGD, v_BTGD = (proj(x_BTD).unflatten(-1, (self.groups, -1)) for proj in (self.k_proj, self.v_proj))
+        q_BTD, *kv = each(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BTHD = q_BTD.unflatten(-1, (self.heads, -1))
+        k_BTGD, v_BTGD = (x_BTX.unflatten(-1, (self.groups, -1)) for x_BTX in kv)
         by = turns(rows, q_BTHD.shape[-1], self.theta, q_BTHD)
         q_BTHD, k_BTGD = rotary(q_BTHD, by), rotary(k_BTGD, by)
         history, past = {"keys": rows.spread(k_BTGD), "values": rows.spread(v_BTGD)}, 0

@@ -46,10 +46,8 @@ class Decoder:
                 seen += [seen[-1]] * (rows - self._rows)
         self._seen = seen
         self._plain = None
-        if self._graph is None:
-            self._plain = state.repeat(times)
-            if times == 1 and not torch.is_grad_enabled():  # steps may write into it
-                self._plain = state.clone()
+        if self._graph is None:  # in memory of its own, since steps may write into it
+            self._plain = state.clone() if times == 1 else state.repeat(times)
 
     def step(self, tokens_R: Tensor) -> Tensor:
         """Read one token per row; hidden states [R, D] after the final norm, valid until the next step."""

@@ -201,6 +201,20 @@ else:
 
         compare(both, [draw(M, D, dtype=dtype), draw(V, D, dtype=dtype, seed=2)])
 
+    def log_decay(B, T, H):
+        """Summed within each chunk, as the recurrences take it."""
+        g = -draw(B, T, H, seed=8).detach().abs() * 0.05
+        return torch.cat([piece.cumsum(1) for piece in g.split(64, 1)], 1).contiguous()
+
+    def same_as_alone(together, alone, dims):
+        """What packed texts give is what each of them gives, side by side in a dimension of each result."""
+        for x, each, dim in zip(together, zip(*alone, strict=True), dims, strict=True):
+            assert x is not None
+            if ON_GPU:  # where tiles are compiled for lengths, which changes the order of sums
+                assert_close(x, torch.cat(each, dim))
+            else:
+                assert torch.equal(x, torch.cat(each, dim))
+
     @dtypes
     @pytest.mark.parametrize("T", (1, 63, 64, 150))
     @pytest.mark.parametrize("decay", (False, True))
@@ -218,10 +232,7 @@ else:
         dgrid = torch.zeros(B * N, H, K, V, dtype=torch.float64, device=DEVICE)
         lookup.add(brought.double(), dgrid)
         dgrid = dgrid.unflatten(0, (B, N))
-        g = None
-        if decay:
-            g = -draw(B, T, H, seed=8).detach().abs() * 0.05
-            g = torch.cat([piece.cumsum(1) for piece in g.split(64, 1)], 1).contiguous()
+        g = log_decay(B, T, H) if decay else None
         with poisoned():
             dh, dstart, dv2 = state_gradients(q, k, w, do, dv, g, dafter, arrivals, 0.7, True)
         # The definition, a chunk at a time, in float64.
@@ -271,13 +282,7 @@ else:
             first, last = grid.starts[b], grid.starts[b + 1]
             forks = Lookup(torch.arange(int(last - first), device=DEVICE)), brought[first:last]
             alone.append(state_gradients(q, k, w, do, dv, own_g, dafter[b : b + 1], forks, 0.7, True))
-        each_of: Any = zip(*alone, strict=True)
-        for x, each, dim in zip(got, each_of, (1, 0, 1), strict=True):
-            assert x is not None
-            if ON_GPU:  # where tiles are compiled for lengths, which changes the order of sums
-                assert_close(x, torch.cat(each, dim))
-            else:
-                assert torch.equal(x, torch.cat(each, dim))
+        same_as_alone(got, alone, (1, 0, 1))
 
     @dtypes
     @pytest.mark.parametrize("T", (1, 64, 150))
@@ -289,10 +294,7 @@ else:
             for i, (heads, X) in enumerate([(G, K), (H, K), (H, V)])
         )
         first = draw(B, H, K, V, seed=5).detach() if started else None
-        g = None
-        if decay:
-            g = -draw(B, T, H, seed=8).detach().abs() * 0.05
-            g = torch.cat([piece.cumsum(1) for piece in g.split(64, 1)], 1).contiguous()
+        g = log_decay(B, T, H) if decay else None
         with poisoned():
             h, written, after = states(k, w, u, g, first, True)
             nothing, unsaid, alone = states(k, w, u, g, first, False)
@@ -329,13 +331,7 @@ else:
         for b, text in enumerate(zip(*(x.split(lengths, 1) for x in (k, w, u, g)), strict=True)):
             k, w, u, g = (x.contiguous() for x in text)
             alone.append(states(k, w, u, g, first[b : b + 1], True))
-        each_of: Any = zip(*alone, strict=True)
-        for x, each, dim in zip(got, each_of, (1, 1, 0), strict=True):
-            assert x is not None
-            if ON_GPU:  # where tiles are compiled for lengths, which changes the order of sums
-                assert_close(x, torch.cat(each, dim))
-            else:
-                assert torch.equal(x, torch.cat(each, dim))
+        same_as_alone(got, alone, (1, 1, 0))
 
     @pytest.fixture
     def fla_here(monkeypatch):

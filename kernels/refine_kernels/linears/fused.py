@@ -40,8 +40,9 @@ def linears(x: Tensor, maps: Sequence[Map]) -> list[Tensor]:
     if not small:
         return _each(x, maps)
     *outputs, told = _each(x, [*(maps[i] for i in large), _joined([maps[i] for i in small])])
-    parts = told.split([*(len(maps[i][0]) for i in small), told.shape[-1] - sum(len(maps[i][0]) for i in small)], -1)
-    found = dict(zip((*large, *small), (*outputs, *parts), strict=False))  # the last part is what filled up
+    sizes = [len(maps[i][0]) for i in small]
+    *parts, _ = told.split([*sizes, told.shape[-1] - sum(sizes)], -1)  # the last part is what filled up
+    found = dict(zip((*large, *small), (*outputs, *parts), strict=True))
     return [found[i] for i in range(len(maps))]
 
 

@@ -23,10 +23,14 @@ from refine_kernels.runtime import ceiling, why_no_triton
 
 CHANNELS = 128
 """Of one program at most; where heads are normed, a program holds one whole head."""
+TOKENS = 64
+"""Of one program at most."""
 ELEMENTS = 2048
-"""Of one program, where heads are no larger; and of 64 tokens at most."""
+"""Of one program, where heads are no larger."""
 WALK = 256
 """Tokens that one program of the last kernel walks over, so that its share of the filters' gradient is summed once."""
+ROWS = 16
+"""Of them at a time."""
 
 
 def why_not(x: Tensor) -> str | None:
@@ -78,15 +82,16 @@ class _ShortConv(torch.autograd.Function):
         T = S - (W - 1) if leading else S
         C = D // heads if heads else min(CHANNELS, D)
         BC = triton.next_power_of_2(C)
+        BT = min(TOKENS, max(1, ELEMENTS // BC), triton.next_power_of_2(T))
         ctx.sizes = {
-            "T": T, "D": D, "C": C, "W": W, "BT": min(64, max(1, ELEMENTS // BC), triton.next_power_of_2(T)), "BC": BC,
+            "T": T, "D": D, "C": C, "W": W, "BT": BT, "BC": BC,
             "BEFORE": before is not None, "PACKED": packing is not None, "LEAD": W - 1 if leading else 0,
         }  # fmt: skip
         ctx.packing = packing
         ctx.form = {"SILU": silu, "UNIT": bool(heads), "BIAS": bias is not None}
         y = x.new_empty(B, T, D)
         with torch.cuda.device_of(x):
-            count, *where = _blocks(packing, T, ctx.sizes["BT"])
+            count, *where = _blocks(packing, T, BT)
             _short_conv_kernel[(count, ceiling(D, C), B)](x, weight, before, bias, y, *where, **ctx.sizes, **ctx.form)
         ctx.save_for_backward(x, weight, before, bias)
         return y
@@ -110,7 +115,7 @@ class _ShortConv(torch.autograd.Function):
             dweight = torch.empty(B * count, W + (bias is not None), D, dtype=torch.float32, device=x.device)
             _short_conv_input_kernel[(count, ceiling(D, BC), B)](
                 dz, x, weight, before, dx, dbefore, dweight, *where, T=T, D=D, W=W, WP=triton.next_power_of_2(W),
-                BT=BT, BR=min(16, BT), BC=BC, BEFORE=sizes["BEFORE"], PACKED=sizes["PACKED"], LEAD=sizes["LEAD"],
+                BT=BT, BR=min(ROWS, BT), BC=BC, BEFORE=sizes["BEFORE"], PACKED=sizes["PACKED"], LEAD=sizes["LEAD"],
                 STATE=dbefore is not None, BIAS=bias is not None,
             )  # fmt: skip
         total = dweight.sum(0)
