@@ -155,6 +155,7 @@ def measure(model: FastWeightLM, batch: Batch, goals: dict[str, float], repeats:
     flows = {"the paper's flow, each prefix padded as released": True, "the paper's flow without its padding": False}
     for name, padded in flows.items():
         flow = partial(paper_flow, model, batch, collected.rollouts, collected.advantages_BCN, padded=padded)
+        free()
         seconds[name] = median_seconds(flow, repeats=1, warm_up=0)
         print(name, seconds[name], flush=True)
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -186,6 +187,7 @@ def measure(model: FastWeightLM, batch: Batch, goals: dict[str, float], repeats:
 
 def anatomy_of(model: FastWeightLM, batch: Batch) -> list[Row]:
     """Where time and memory go, of steps whose recordings are made."""
+    free()
     steps = {"NTP step": NTP, "ReFINE step": REFINE}
     rows = [row for name, of in steps.items() for row in anatomy.kernels(name, partial(step, model, batch, of))]
     model.zero_grad(set_to_none=True)
@@ -206,9 +208,14 @@ def peak(model: FastWeightLM, run: Callable[[], object]) -> float | None:
         gone = before - torch.cuda.memory_allocated()
         return peak_bytes(run) + before - gone - weights
     except torch.OutOfMemoryError:
-        gc.collect()
-        torch.cuda.empty_cache()
+        free()
         return None
+
+
+def free() -> None:
+    """Give back memory that is reserved for shapes which do not come again."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -242,6 +242,12 @@ class TrainConfig(Strict):
     optim: Optim = Optim()
     batch: Batching = Batching()
 
+    @field_validator("autocast", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, autocast: Any) -> Any:
+        """YAML reads an unquoted no as False."""
+        return "no" if autocast is False else autocast
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:

@@ -86,16 +86,16 @@ def tiny_model(tiny_config: Callable[..., DeltaNetConfig]) -> Callable[..., Delt
 
 
 @pytest.fixture(scope="session")
-def wide_model() -> Callable[[str], FastWeightLM]:
+def wide_model() -> Callable[..., FastWeightLM]:
     """Makes a two-layer model with heads as wide as fused kernels want them, of a kind: "DeltaNet" or "LaCT"."""
 
-    def make(kind: str) -> FastWeightLM:
+    def make(kind: str, vocab_size: int = 300) -> FastWeightLM:
         import torch
 
         from refine_harness.models import DeltaNetConfig, DeltaNetForCausalLM, LaCTForCausalLM, LaCTSWIGLUConfig
 
         torch.manual_seed(0)
-        sizes = {"num_hidden_layers": 2, "vocab_size": 300, "intermediate_size": 256, "initializer_range": 0.1}
+        sizes = {"num_hidden_layers": 2, "vocab_size": vocab_size, "intermediate_size": 256, "initializer_range": 0.1}
         if kind == "DeltaNet":
             return DeltaNetForCausalLM(DeltaNetConfig(hidden_size=256, num_heads=2, **sizes))
         heads = {"num_attn_heads": 2, "num_lact_heads": 1}

@@ -64,3 +64,9 @@ def test_defaults_are_the_papers(name: str) -> None:
 def test_evaluations_name_tasks_that_there_are(name: str) -> None:
     evaluation = load(Evaluation, CONFIGS / name)
     assert len(resolve(evaluation.tasks, evaluation, "no-tokenizer-yet").names) == len(evaluation.tasks)
+
+
+def test_autocast_can_be_turned_off_without_quotes(tmp_path: Path) -> None:
+    (tmp_path / "off.yaml").write_text("autocast: no\n")
+    assert load(MidConfig, tmp_path / "off.yaml").autocast == "no"
+    assert load(MidConfig, None, ["autocast=no"]).autocast == "no"

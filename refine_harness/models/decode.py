@@ -98,7 +98,8 @@ class _Graph:
                 for _ in range(WARM_UP):
                     model.read(self._tokens_R1, state, forkable=False, in_place=in_place)
             torch.cuda.current_stream(device).wait_stream(stream)
-            with torch.cuda.graph(graph):
+            # On the model's device, which need not be the current one, and whatever other threads do.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 reading = model.read(self._tokens_R1, state, forkable=False, in_place=in_place)
                 for new, old in _pairs(reading.state, self._memory):
                     if new is not old:

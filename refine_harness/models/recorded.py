@@ -11,8 +11,8 @@ import logging
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +59,17 @@ def autocast_without_cache(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False)
 
 
+@contextmanager
+def _recorded_on(device: torch.device) -> Iterator[None]:
+    """Where torch records: else on the current device, and on a stream of whichever device was the first."""
+    usual, torch.cuda.graph.default_capture_stream = torch.cuda.graph.default_capture_stream, None
+    try:
+        with torch.cuda.device(device):
+            yield
+    finally:
+        torch.cuda.graph.default_capture_stream = usual
+
+
 class _Run:
     """Lives as long as the graph of one run."""
 
@@ -78,7 +89,8 @@ class _Recording:
             given, parameters = tensors[: len(samples)], tensors[len(samples) :]
             return torch.func.functional_call(of_model, dict(zip(names, parameters, strict=True)), given)
 
-        with autocast_without_cache(inputs[0].device.type), warnings.catch_warnings():
+        device = inputs[0].device
+        with autocast_without_cache(device.type), _recorded_on(device), warnings.catch_warnings():
             # torch keeps its last plain run while it records on another stream; nothing is accumulated on either.
             warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match", UserWarning)
             self._call: Any = torch.cuda.make_graphed_callables(

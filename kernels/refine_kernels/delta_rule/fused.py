@@ -79,7 +79,7 @@ def delta_rule(
         return DeltaRule(*_token_by_token(inputs, scale, packing), None, 1, 1)
     waiting: Waiting = []
     stride = stride_of(CHUNK, longest, EVERY) if boundaries else None
-    outputs, after, grid, anchor = _Chunked.apply(*inputs, scale, stride, packing, waiting)
+    outputs, after, grid, anchor = _chunked(inputs, scale, stride, packing, waiting)
     if stride is None:
         return DeltaRule(outputs, after, None, CHUNK, CHUNK)
     return DeltaRule(outputs, after, Tap(grid, anchor if outputs.requires_grad else None, waiting), stride, CHUNK)
@@ -92,7 +92,7 @@ def delta_state(
     inputs = _inputs(None, k_BTGK, v_BTHV, beta_BTH, g_BTH, state_BHKV)
     if _few(k_BTGK.shape[1], inputs):
         return _token_by_token(inputs, 1.0, None)[1]
-    return _Chunked.apply(*inputs, 1.0, None, None, [])[1]  # pyright: ignore[reportOptionalSubscript]
+    return _chunked(inputs, 1.0, None, None, [])[1]
 
 
 def delta_step(
@@ -141,10 +141,19 @@ def _few(longest: int, inputs: Inputs) -> bool:
 def _token_by_token(inputs: Inputs, scale: float, packing: Packing | None) -> tuple[Tensor, Tensor]:
     """Outputs and the last state."""
     q, k, v, beta, g, state = inputs
-    return fla.ops("gated_delta_rule.fused_recurrent").fused_recurrent_gated_delta_rule_fwd(
-        q=k if q is None else q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state, output_final_state=True,
-        cu_seqlens=None if packing is None else packing.starts,
-    )  # fmt: skip
+    starts = None if packing is None else packing.starts
+    with torch.cuda.device_of(k):
+        return fla.ops("gated_delta_rule.fused_recurrent").fused_recurrent_gated_delta_rule_fwd(
+            q=k if q is None else q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state,
+            output_final_state=True, cu_seqlens=starts,
+        )  # fmt: skip
+
+
+def _chunked(inputs: Inputs, scale: float, stride: int | None, packing: Packing | None, waiting: Waiting) -> Any:
+    """Outputs, the last state, the states that are kept and what ties forks to them. Backward is on the right device
+    already."""
+    with torch.cuda.device_of(inputs[1]):
+        return _Chunked.apply(*inputs, scale, stride, packing, waiting)
 
 
 class _Chunked(torch.autograd.Function):
