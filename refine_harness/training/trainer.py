@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from refine_harness.algorithm import Experience, collect, refine_step
@@ -148,7 +148,11 @@ class Trainer:
         self.device = next(model.parameters()).device
         # Precision is the config's alone, whatever the launcher was told, so accelerate's own stays off.
         on_cpus = self.device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self.accelerator = Accelerator(cpu=on_cpus, device_placement=False, mixed_precision="no")
+        # Under DDP gradients lie where they are summed over processes, not there as well.
+        views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        self.accelerator = Accelerator(
+            cpu=on_cpus, device_placement=False, mixed_precision="no", kwargs_handlers=[views]
+        )
         bf16 = config.autocast == "bf16" or (config.autocast == "auto" and self.device.type == "cuda")
         find_reward(config.algorithm.reward)  # a wrong path is said now
         if config.activation_checkpointing:
