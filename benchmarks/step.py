@@ -8,6 +8,9 @@ stops if they differ.
     python benchmarks/step.py --shape deltanet-1b --tokens 16384 --documents 2     on a GPU, with random weights
     python benchmarks/step.py --shape gated-deltanet-1b --tokens 16384 --documents 2
     python benchmarks/step.py --shape lact-760m --tokens 16384 --documents 2
+
+With --autocast weights are float32 and the forward bfloat16, as `refine train` has them on a GPU; goals are of bfloat16
+weights.
 """
 
 from __future__ import annotations
@@ -28,13 +31,14 @@ from report import Row, at_least, at_most, median_seconds, peak_bytes, publish, 
 from shapes import SHAPES, build
 from torch import Tensor
 
-from refine_harness.algorithm import collect, refine_step
+from refine_harness.algorithm import collect
 from refine_harness.algorithm.loss import policy_loss
 from refine_harness.algorithm.rereading import refine_step_by_rereading
 from refine_harness.algorithm.step import next_token
 from refine_harness.config import Algorithm
 from refine_harness.models import FastWeightLM, load_model
 from refine_harness.training.costs import peak_rate
+from refine_harness.training.trainer import Objective
 from refine_harness.types import Batch, Losses, Rollouts
 
 NTP = Algorithm(lambda_rl=0.0)
@@ -60,42 +64,45 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--autocast", action="store_true", help="float32 weights and a bfloat16 forward")
     parser.add_argument("--profile", action="store_true", help="add where the time and memory of a step go")
     asked = parser.parse_args()
     if not asked.layers and asked.shape in SHAPES:
         asked.layers = SHAPES[asked.shape]["num_hidden_layers"]
     rows: list[Row] = []
-    if asked.shape == "deltanet-1b":  # the shape that ntp.py has
+    if asked.shape == "deltanet-1b" and not asked.autocast:  # the shape that ntp.py has
         rows += beside_fla(asked.tokens, asked.documents, asked.layers, asked.repeats)
-    model, exact, allowed = models(asked)
-    error = check(exact, documents(exact, min(asked.tokens, CHECKED if asked.shape else 300)))
+    objective, exact, allowed = models(asked)
+    error = check(exact, documents(exact.model, min(asked.tokens, CHECKED if asked.shape else 300)))
     print(f"gradients, forked from re-read: {error:.2e}", flush=True)
     if error > allowed:
         raise SystemExit(f"the forked step's gradients are off by {error:.2e}; allowed are {allowed:.0e}")
     del exact
-    batch = documents(model, *[asked.tokens] * asked.documents)
-    goals = GOALS.get(asked.shape, {})
-    rows += measure(model, batch, goals, asked.repeats)
+    batch = documents(objective.model, *[asked.tokens] * asked.documents)
+    goals = {} if asked.autocast else GOALS.get(asked.shape, {})
+    rows += measure(objective, batch, goals, asked.repeats)
     rows.append(at_most("gradient error, forked from re-read", error, allowed, 1, "relative"))
-    name = "step" if asked.shape is None else f"step-{asked.shape}"
+    name = "-".join(["step", *([asked.shape] if asked.shape else []), *(["autocast"] if asked.autocast else [])])
     print(publish(name, rows))
     if asked.profile:
-        rows += anatomy_of(model, batch)
+        rows += anatomy_of(objective, batch)
         print(publish(name, rows))
     if "longest" in goals:
-        print(publish(name, rows + longest(model, goals)))
+        print(publish(name, rows + longest(objective, goals)))
 
 
-def models(asked: argparse.Namespace) -> tuple[FastWeightLM, FastWeightLM, float]:
-    """The model to time, the one whose gradients are compared, and by how much those may differ."""
+def models(asked: argparse.Namespace) -> tuple[Objective, Objective, float]:
+    """What is timed, what has its gradients compared, and by how much those may differ."""
     if asked.shape is None:
         exact, _ = load_model(asked.model, "cpu", "float64")
         model, _ = load_model(asked.model, asked.device, "float32")
-        return model, exact, TOLERANCE[torch.float64]
-    shape = SHAPES[asked.shape]
-    model, small = (build({**shape, "num_hidden_layers": layers}).train() for layers in (asked.layers, 2))
+        return Objective(model, bf16=asked.autocast), Objective(exact, bf16=False), TOLERANCE[torch.float64]
+    shape, dtype = SHAPES[asked.shape], torch.float32 if asked.autocast else torch.bfloat16
+    layers = (asked.layers, 2)
+    model, small = (build({**shape, "num_hidden_layers": count}, dtype).train() for count in layers)
     table = "bfloat16, Muon" if shape.get("use_muon") else "bfloat16"
-    return model, small, MODEL_TOLERANCE[table]["gradient"]
+    allowed = MODEL_TOLERANCE[table]["gradient"]
+    return Objective(model, bf16=asked.autocast), Objective(small, bf16=asked.autocast), allowed
 
 
 def documents(model: FastWeightLM, *lengths: int) -> Batch:
@@ -118,18 +125,26 @@ def learn(model: FastWeightLM, losses: Losses) -> None:
     loss.backward()
 
 
-def step(model: FastWeightLM, batch: Batch, algorithm: Algorithm) -> None:
-    learn(model, refine_step(model, batch, algorithm, rng(batch)))
+def step(objective: Objective, batch: Batch, algorithm: Algorithm) -> None:
+    learn(objective.model, objective(batch, algorithm, rng(batch)))
 
 
-def check(model: FastWeightLM, batch: Batch) -> float:
+def narrowed(objective: Objective) -> torch.autocast:
+    """As the objective's own forward has it."""
+    return torch.autocast(next(objective.parameters()).device.type, torch.bfloat16, objective.bf16)
+
+
+def check(objective: Objective, batch: Batch) -> float:
     """The relative error of all gradients as one vector, forked against re-read; of the second step, which on a GPU
     replays what the first one recorded."""
+    model = objective.model
     for _ in range(2):
-        step(model, batch, REFINE)
+        step(objective, batch, REFINE)
     forked = gradient(model)
-    rollouts = collect(model, batch, REFINE, rng(batch)).rollouts
-    learn(model, refine_step_by_rereading(model, batch, REFINE, rollouts))
+    with narrowed(objective):
+        rollouts = collect(model, batch, REFINE, rng(batch)).rollouts
+        losses = refine_step_by_rereading(model, batch, REFINE, rollouts)
+    learn(model, losses)
     return relative_error(forked, gradient(model))
 
 
@@ -138,24 +153,26 @@ def gradient(model: FastWeightLM) -> Tensor:
     return torch.cat([x.double().flatten().cpu() for x in grads])
 
 
-def measure(model: FastWeightLM, batch: Batch, goals: dict[str, float], repeats: int) -> list[Row]:
+def measure(objective: Objective, batch: Batch, goals: dict[str, float], repeats: int) -> list[Row]:
     """Times, their ratios, and memory."""
+    model = objective.model
     steps: dict[str, Callable[[], object]] = {
-        "NTP step": partial(step, model, batch, NTP),
-        "ReFINE step": partial(step, model, batch, REFINE),
-        "ReFINE step, 8 rollouts": partial(step, model, batch, MANY),
+        "NTP step": partial(step, objective, batch, NTP),
+        "ReFINE step": partial(step, objective, batch, REFINE),
+        "ReFINE step, 8 rollouts": partial(step, objective, batch, MANY),
     }
     peaks = {name: peak(model, run) for name, run in steps.items()} if torch.cuda.is_available() else {}
     unfit = [name for name, most in peaks.items() if most is None]
     print({name: most and most / 2**30 for name, most in peaks.items()}, flush=True)
     uneven = documents(model, batch.tokens_BT.shape[1], *[batch.tokens_BT.shape[1] // 4] * (len(batch) - 1))
-    steps["ReFINE step, all documents but one a quarter as long"] = partial(step, model, uneven, REFINE)
+    steps["ReFINE step, all documents but one a quarter as long"] = partial(step, objective, uneven, REFINE)
     seconds = interleaved({name: run for name, run in steps.items() if name not in unfit}, repeats)
     print(seconds, flush=True)
-    collected = collect(model, batch, REFINE, rng(batch))
+    with narrowed(objective):
+        collected = collect(model, batch, REFINE, rng(batch))
     flows = {"the paper's flow, each prefix padded as released": True, "the paper's flow without its padding": False}
     for name, padded in flows.items():
-        flow = partial(paper_flow, model, batch, collected.rollouts, collected.advantages_BCN, padded=padded)
+        flow = partial(paper_flow, objective, batch, collected.rollouts, collected.advantages_BCN, padded=padded)
         free()
         seconds[name] = median_seconds(flow, repeats=1, warm_up=0)
         print(name, seconds[name], flush=True)
@@ -186,14 +203,15 @@ def measure(model: FastWeightLM, batch: Batch, goals: dict[str, float], repeats:
     return rows
 
 
-def anatomy_of(model: FastWeightLM, batch: Batch) -> list[Row]:
+def anatomy_of(objective: Objective, batch: Batch) -> list[Row]:
     """Where time and memory go, of steps whose recordings are made."""
     free()
     steps = {"NTP step": NTP, "ReFINE step": REFINE}
-    rows = [row for name, of in steps.items() for row in anatomy.kernels(name, partial(step, model, batch, of))]
+    rows = [row for name, of in steps.items() for row in anatomy.kernels(name, partial(step, objective, batch, of))]
+    model = objective.model
     model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
-        rows += anatomy.memory(lambda mark: learn(model, refine_step(model, batch, REFINE, rng(batch), mark=mark)))
+        rows += anatomy.memory(lambda mark: learn(model, objective(batch, REFINE, rng(batch), mark=mark)))
     return rows
 
 
@@ -231,7 +249,7 @@ def interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[st
     return seconds
 
 
-def paper_flow(model: FastWeightLM, batch: Batch, rollouts: Rollouts, advantages_BCN: Tensor, *, padded: bool) -> None:
+def paper_flow(objective: Objective, batch: Batch, rollouts: Rollouts, advantages_BCN: Tensor, *, padded: bool) -> None:
     """The work of the released flow, with our kernels: every truncated prefix is read again from its start.
 
     For its entropies the document is read once; to sample, every prefix is read, and then token by token (LaCT, whose
@@ -240,19 +258,20 @@ def paper_flow(model: FastWeightLM, batch: Batch, rollouts: Rollouts, advantages
     document. `padded` reads every prefix at the length of its document, as released; else each alone at its own. The
     positions and rollouts are those of our step, so that both learn the same.
     """
+    model = objective.model
     model.zero_grad(set_to_none=True)
     T, K = batch.tokens_BT.shape[1], rollouts.tokens_BCNK.shape[-1]
     count = rollouts.tokens_BCNK.numel()
     for b, positions in enumerate(rollouts.positions_BC.tolist()):
         row = batch.rows(b, b + 1)
-        with torch.no_grad():
+        with torch.no_grad(), narrowed(objective):
             next_token(model, model.read(row.tokens_BT, forkable=False), row)
         for c, position in enumerate(positions):
             tokens_1K = rollouts.tokens_BCNK[b, c]
             prefix_1P = row.tokens_BT[:, : position + 1]
             whole_1S = torch.cat((prefix_1P, tokens_1K), 1)
             read = partial(_reread, model, T=T + K if padded else None)
-            with torch.no_grad():
+            with torch.no_grad(), narrowed(objective):
                 state = read(prefix_1P).state
                 for k in range(K - 1):
                     if model.host_rows:
@@ -260,7 +279,8 @@ def paper_flow(model: FastWeightLM, batch: Batch, rollouts: Rollouts, advantages
                     else:
                         state = model.read(tokens_1K[:, k : k + 1], state, forkable=False).state
                 _rollout_logprobs(model, read(whole_1S).hidden, position, tokens_1K)
-            logprobs_1K = _rollout_logprobs(model, read(whole_1S).hidden, position, tokens_1K)
+            with narrowed(objective):
+                logprobs_1K = _rollout_logprobs(model, read(whole_1S).hidden, position, tokens_1K)
             shape = (1, 1, *logprobs_1K.shape)
             loss = policy_loss(
                 logprobs_1K.view(shape),
@@ -272,7 +292,7 @@ def paper_flow(model: FastWeightLM, batch: Batch, rollouts: Rollouts, advantages
                 dual_clip=REFINE.dual_clip,
             )
             (REFINE.lambda_rl * loss.sum() / count).backward()
-        ntp = refine_step(model, row, NTP, [])
+        ntp = objective(row, NTP, [])
         (ntp.ntp_sum / batch.labels).backward()
 
 
@@ -290,8 +310,9 @@ def _rollout_logprobs(model: FastWeightLM, hidden_1SD: Tensor, position: int, to
     return model.label_logprobs(before_KD / REFINE.temperature, tokens_1K[0]).logprobs[None]
 
 
-def longest(model: FastWeightLM, goals: dict[str, float]) -> list[Row]:
+def longest(objective: Objective, goals: dict[str, float]) -> list[Row]:
     """How long a document may be for a ReFINE step with activation checkpointing, of the lengths tried."""
+    model = objective.model
     model.gradient_checkpointing_enable({"use_reentrant": False})
     fits, rows = 0, []
     for tokens in LONGEST:
@@ -299,7 +320,7 @@ def longest(model: FastWeightLM, goals: dict[str, float]) -> list[Row]:
         batch = documents(model, tokens)
         started = time.perf_counter()
         try:
-            most = peak_bytes(partial(step, model, batch, REFINE))
+            most = peak_bytes(partial(step, objective, batch, REFINE))
         except torch.OutOfMemoryError:
             break
         rows.append(Row(f"peak memory, {tokens} tokens, activation checkpointing", most / 2**30, "GiB", 1))
