@@ -8,7 +8,7 @@
       train_state.json, train_state.safetensors      resumable checkpoints only
 
 A folder appears under its name whole or not at all. Weights and optimizer are safetensors, never pickles.
-Which process saves, and when, is the caller's; weights sharded over processes are not gathered here.
+Which process saves, and when, is the caller's; it must have all weights.
 """
 
 from __future__ import annotations

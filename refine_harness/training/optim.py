@@ -1,6 +1,6 @@
 """The optimizer: AdamW over the trained parameters, its rate at every step, and its state as named tensors.
 
-Clipping is the trainer's, because a sharded model needs accelerate for it.
+Clipping is the trainer's: it is of all gradients together.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 Each objective is divided by its own token count over the whole optimizer step, all micro-batches and all
 processes, so neither the micro-batch size nor the number of processes changes what is learned. Every draw
 belongs to a document (see `row_generators`), for the same reason. `accelerate` carries the process group,
-the wrapping for DDP or FSDP, backward and clipping.
+the wrapping for DDP, backward and clipping. Weights that are cut between processes (FSDP, DeepSpeed) are refused: no
+checkpoint would be whole.
 
 The trainer knows nothing of disks, logs or scores: whoever consumes the reports does those between two of
 them, when everything that `state()` returns is settled. Where batches come from is `stages`.
@@ -25,13 +26,14 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from refine_harness.algorithm import Experience, collect, refine_step
 from refine_harness.algorithm.reward import find_reward
 from refine_harness.config import Algorithm, PostConfig, TestTimeConfig, TrainConfig
 from refine_harness.data.stream import rank_positions
-from refine_harness.errors import DataError, RunError
+from refine_harness.errors import ConfigError, DataError, RunError
 from refine_harness.models import FastWeightLM
 from refine_harness.models.load import pick_device
 from refine_harness.training.costs import Stopwatch
@@ -46,6 +48,9 @@ from refine_harness.training.optim import (
 from refine_harness.types import Batch, Losses, StepReport
 
 T = TypeVar("T")
+
+CUT = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Ways to work together in which no process has all weights."""
 
 
 class PromptsAndAnswers(Protocol):
@@ -109,13 +114,13 @@ class Piece:
 
 
 class Objective(nn.Module):
-    """`refine_step` and `collect` as one module's forward, so that DDP and FSDP see every use of the weights."""
+    """`refine_step` and `collect` as one module's forward, so that DDP sees every use of the weights."""
 
     def __init__(self, model: FastWeightLM, *, bf16: bool, reference: FastWeightLM | None = None) -> None:
         super().__init__()
         self.model = model
         self.bf16 = bf16
-        self._unregistered = (reference,)  # in a tuple it is no submodule: never trained, wrapped or sharded
+        self._unregistered = (reference,)  # in a tuple it is no submodule: never trained or wrapped
 
     def forward(
         self,
@@ -138,8 +143,8 @@ class Trainer:
 
     `alone`: this process learns by itself even when others run beside it (test-time training).
     With a KL term every process also holds a whole frozen copy of the model as it is now.
-    Raises ConfigError when the processes cannot share an optimizer step's documents evenly, or when there is no such
-    reward.
+    Raises ConfigError when the processes cannot share an optimizer step's documents evenly or were told to cut the
+    weights between them, or when there is no such reward.
     """
 
     def __init__(self, model: FastWeightLM, config: TrainConfig, *, alone: bool = False) -> None:
@@ -153,6 +158,12 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=on_cpus, device_placement=False, mixed_precision="no", kwargs_handlers=[views]
         )
+        way = self.accelerator.distributed_type
+        if not alone and way in CUT:
+            raise ConfigError(
+                f"accelerate was told to cut the weights between processes ({way.value}); each must have all of them, "
+                "or no checkpoint would be whole. Launch with torchrun, or with accelerate and --multi_gpu alone."
+            )
         bf16 = config.autocast == "bf16" or (config.autocast == "auto" and self.device.type == "cuda")
         find_reward(config.algorithm.reward)  # a wrong path is said now
         if config.activation_checkpointing:
@@ -168,7 +179,7 @@ class Trainer:
         else:
             self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
             self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
-        self.parameters = trained_parameters(model)  # after prepare, which for FSDP puts sharded ones in their place
+        self.parameters = trained_parameters(model)
         self._done = TrainState()
         self._at_boundary = True
         self._boundaries = (0, 0)  # optimizer steps at the boundary before the last, and at the last
@@ -353,7 +364,7 @@ class Trainer:
                 ntp = piece.algorithm.lambda_ntp * losses.ntp_sum / max(labels, 1.0)
                 policy = piece.algorithm.lambda_rl * losses.policy_sum / max(actions, 1.0)
                 loss = ntp + policy if piece.algorithm.lambda_rl > 0 else ntp
-                # DDP and FSDP average the processes' gradients; the counts above are already over all of them.
+                # DDP averages the processes' gradients; the counts above are already over all of them.
                 self.accelerator.backward(loss * self.world_size if self.world_size > 1 else loss)
                 watch.mark("backward")
             parts_3 = torch.stack((loss, losses.ntp_sum / max(labels, 1.0), losses.policy_sum / max(actions, 1.0)))

@@ -310,3 +310,10 @@ def test_processes_that_cannot_share_a_step_are_refused(lab, monkeypatch):
     config = lab.mid().model_copy(update={"batch": Batching(sequences=8, steps=2)})
     with pytest.raises(ConfigError, match="4 documents per optimizer step cannot be shared"):
         Trainer(lab.model(), config)
+
+
+def test_weights_are_not_cut_between_processes(lab, monkeypatch):
+    monkeypatch.setattr(trainer_module.Accelerator, "distributed_type", trainer_module.DistributedType.FSDP)
+    with pytest.raises(ConfigError, match=r"cut the weights between processes \(FSDP\); each must have all of them"):
+        Trainer(lab.model(), lab.mid())
+    assert Trainer(lab.model(), lab.mid(), alone=True).world_size == 1
