@@ -124,6 +124,24 @@ def upload(x: Tensor, device: torch.device | str) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if to_cuda else x.to(device)
 
 
+class Download:
+    """Numbers on their way to the host, while the device goes on."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.later = x.is_cuda
+        """Whether they are on their way; else they were on the host."""
+        self._x = x.to("cpu", non_blocking=True)
+        if self.later:
+            self._there = torch.cuda.Event()
+            self._there.record(torch.cuda.current_stream(x.device))  # of its own device, not of the current one
+
+    def tolist(self) -> list:
+        """Waits until they are here."""
+        if self.later:
+            self._there.synchronize()
+        return self._x.tolist()
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What one optimizer step did."""

@@ -22,7 +22,7 @@ from refine_harness.evaluation.prefixes import Place, Stretch, Tokens, as_tokens
 from refine_harness.models.base import FastWeightLM, Reading
 from refine_harness.models.decode import Decoder
 from refine_harness.models.state import State
-from refine_harness.types import upload
+from refine_harness.types import Download, upload
 
 PIECE = 8192
 """Fewest tokens of a long row that are read at once; so many rows are read together that the budget holds these."""
@@ -173,12 +173,12 @@ class Answerer:
                     forbidden = stops[i].token_ids if len(answers[i]) < decodings[i].min_tokens else ()
                     if forbidden or decodings[i].temperature:
                         picks_R[row] = samplers[i].pick(logits_RV[row], forbidden)
-            heard = _Heard(picks_R)
+            heard = Download(picks_R)
             last = all(i is None or len(answers[i]) + 1 >= decodings[i].max_tokens for i in alive)
             # A GPU reads on while this process looks at what was picked; if every answer ends here, for nothing.
             ahead = self._logits(decoder.step(picks_R)) if heard.later and not last else None
             going: list[int] = []
-            for row, token in enumerate(heard.tokens()):
+            for row, token in enumerate(heard.tolist()):
                 i = alive[row]
                 if i is None:
                     continue
@@ -379,24 +379,6 @@ class _Read:
     def state_of_prompts(self) -> State:
         """A row for each prompt, in order."""
         return self.state if self.rows == list(range(len(self.state))) else self.state.select(self.rows)
-
-
-class _Heard:
-    """Picked tokens on their way from the device."""
-
-    def __init__(self, picks_R: Tensor) -> None:
-        self.later = picks_R.device.type == "cuda"
-        """Whether the device can go on meanwhile."""
-        self._picks_R = picks_R.to("cpu", non_blocking=True) if self.later else picks_R
-        if self.later:
-            self._there = torch.cuda.Event()
-            self._there.record()
-
-    def tokens(self) -> list[int]:
-        """Waits for them."""
-        if self.later:
-            self._there.synchronize()
-        return self._picks_R.tolist()
 
 
 class _Stops:

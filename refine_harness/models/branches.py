@@ -25,6 +25,7 @@ from refine_harness.models.base import Branch, FastWeightLM, Reading, Rows
 from refine_harness.models.decode import Decoder
 from refine_harness.models.recorded import autocast_without_cache, setting_of
 from refine_harness.models.state import State
+from refine_harness.types import Download
 
 Step = Callable[[Tensor], Tensor]
 """Reads one more token of each row: int64 [R] -> hidden states [R, D], valid until the next call."""
@@ -223,7 +224,7 @@ class _FromTape(Branches):
     def __init__(self, reading: Reading, positions_BC: Tensor, rollouts: int, length: int, lean_BC: Tensor):
         self._reading, self._positions_BC, self._rollouts = reading, positions_BC, rollouts
         self._lean = _Lean.of(reading, positions_BC, rollouts, length)
-        self._flags = _Fetched(lean_BC)
+        self._flags = Download(lean_BC)
         self._expected: Tensor | None = None
 
     def expect(self, tokens_RK: Tensor) -> None:
@@ -251,7 +252,7 @@ class _FromTape(Branches):
     def _others(self) -> tuple[Tensor, _Forked] | None:
         """Rows that the tape is not enough for, and the same from their states."""
         C, N, device = self._positions_BC.shape[1], self._rollouts, self._positions_BC.device
-        places = [[c for c, lean in enumerate(row) if not lean] for row in self._flags.values]
+        places = [[c for c, lean in enumerate(row) if not lean] for row in self._flags.tolist()]
         widest = max(map(len, places))
         if not widest:
             return None
@@ -261,21 +262,3 @@ class _FromTape(Branches):
         forks = states.select([b * widest + i for b, row in enumerate(places) for i in range(len(row))])
         rows = [(b * C + c) * N + n for b, row in enumerate(places) for c in row for n in range(N)]
         return torch.tensor(rows, device=device), _Forked(self._reading.model, forks, N, few=True)
-
-
-class _Fetched:
-    """Numbers on their way from the device."""
-
-    def __init__(self, x: Tensor):
-        self._x, self._event = x, None
-        if x.is_cuda:
-            self._x = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    @property
-    def values(self) -> list:
-        """Waits until they are here."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._x.tolist()

@@ -27,7 +27,7 @@ class Stopwatch:
             self._marks.append((name, time.perf_counter()))
             return
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._marks.append((name, event))
 
     def costs(self, tokens: int, parameters: int) -> dict[str, float]:

@@ -6,8 +6,11 @@ from refine_kernels.testing import relative_error
 
 from refine_harness.algorithm import refine_step
 from refine_harness.config import Algorithm
+from refine_harness.evaluation.answers import Answerer, Decoding
 from refine_harness.models.decode import Decoder
 from refine_harness.types import Batch
+
+from ..evaluation.test_answers import Letters, words
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +40,17 @@ def test_decoding(on):
         found[device] = torch.stack([decoder.step(text[:, 100 + k].to(device)).clone() for k in range(50)])
     assert torch.cuda.current_device() == 0
     alike(found)
+
+
+def test_answers(on):
+    prompts = [words(n, n) for n in (150, 90, 120)]
+    found = {}
+    for device, model in on.items():
+        model.config.eos_token_id = None
+        answers = Answerer(model.eval(), Letters(), piece=128).generate(prompts, [Decoding(max_tokens=40)] * 3)
+        found[device] = [answer.text for answer in answers]
+    assert len(set(found["cuda:0"])) == 3
+    assert found["cuda:1"] == found["cuda:0"]
 
 
 def test_training(on):
