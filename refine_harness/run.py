@@ -43,6 +43,7 @@ from refine_harness.log import Metrics, Progress, step_facts
 from refine_harness.models import load_model, load_tokenizer, resolve_model
 from refine_harness.models.load import pick_device
 from refine_harness.records import ScoreRecord, TrainingFacts, canonical_json, read_record, write_record
+from refine_harness.training.optim import moved_share
 from refine_harness.training.stages import open_data
 from refine_harness.training.stages import train as training_steps
 from refine_harness.training.trainer import Trainer, training_device
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 
 Method = Literal["none", "ntp", "refine"]
 
+FEW_MOVE = 0.5
+"""Share of weights that an optimizer step changes; where it is less, it is said that the others stay as they are."""
 KEPT_WHILE_TRAINING = 2**28
 """Bytes of examples that stay in memory while a model is trained; more are built again when they are scored on."""
 
@@ -206,6 +209,12 @@ def _train(
     claim_run_folder(out, fingerprint)
     if resumed is not None:
         trainer.load(load_train_state(resumed))
+    elif (share := moved_share(trainer.parameters.values(), config.optim.lr)) < FEW_MOVE:
+        progress.say(
+            f"{title}: steps of optim.lr={config.optim.lr:g} are too small for {1 - share:.0%} of the weights in "
+            f"{config.dtype}, which will stay as they are. With dtype=float32 all learn, and autocast=bf16 keeps the "
+            "forward narrow."
+        )
     first = trainer.accelerator.is_main_process
     before = trainer.done.optimizer_steps
     tick = progress.task(title, trainer.planned_steps, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,13 @@ def test_next_token_training_is_lambda_zero_on_the_same_documents(home: Path, tm
     assert ntp[0]["ntp_loss"] == pytest.approx(both[0]["ntp_loss"], abs=1e-6)
     assert ntp[0]["loss"] == ntp[0]["ntp_loss"]
     assert not same(weights(tmp_path / "ntp"), weights(tmp_path / "refine"))
+
+
+def test_training_that_its_dtype_loses_is_said(home: Path, tmp_path: Path) -> None:
+    narrow = refine(*mid(home, tmp_path / "narrow", "dtype=bfloat16", "optim.lr=1e-6"))
+    assert narrow.exit_code == 0, (narrow.output, narrow.exception)
+    assert re.search(r"1e-06 are too small for 9\d% of the weights in bfloat16", narrow.stderr)
+    assert "too small" not in refine(*mid(home, tmp_path / "wide", "optim.lr=1e-6")).stderr
 
 
 def test_nested_post_training_takes_prompt_and_answer_steps(home: Path, tmp_path: Path) -> None:

@@ -50,6 +50,18 @@ def lr_at(step: int, optim: Optim, total_steps: int | None) -> float:
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * height)
 
 
+def moved_share(parameters: Iterable[Tensor], rate: float) -> float:
+    """The share of weights that a change of `rate` does not leave as they are.
+
+    That is about what AdamW's steps change a weight by, and in a narrow dtype it may round to nothing.
+    """
+    moved = total = 0
+    for weights in parameters:
+        moved += int((weights.detach() + rate != weights.detach()).sum())
+        total += weights.numel()
+    return moved / max(total, 1)
+
+
 def set_rate(optimizer: Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate

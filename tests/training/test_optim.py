@@ -10,6 +10,7 @@ from refine_harness.training.optim import (
     load_optimizer_tensors,
     lr_at,
     make_optimizer,
+    moved_share,
     optimizer_tensors,
     trained_parameters,
 )
@@ -31,6 +32,14 @@ def test_cosine_falls_from_the_full_rate_to_the_smallest_at_the_last_step():
     assert rates[6] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
     assert rates[-1] == pytest.approx(0.2)
     assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_steps_that_a_dtype_loses_are_counted():
+    weights = torch.tensor([0.02, -0.5, 1e-5, 0.0])
+    assert moved_share([weights], 1e-6) == 1
+    assert moved_share([weights.bfloat16()], 1e-6) == 0.5
+    assert moved_share([weights.bfloat16(), weights[:2].bfloat16()], 1e-2) == 1
+    assert moved_share([], 1e-6) == 0
 
 
 def test_cosine_without_an_end_is_refused():
