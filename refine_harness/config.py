@@ -84,8 +84,9 @@ class Algorithm(Strict):
     """Weight, within the policy loss, of the KL divergence from the model as it was when training started; above 0
     a frozen copy of the model is kept."""
     rollouts_from: Literal["batch", "step"] = "batch"
-    """When rollouts are sampled: once for the whole batch, which the later optimizer steps of that batch
-    then meet off-policy (the paper's flow), or anew at every optimizer step, on-policy, at no extra forward."""
+    """When rollouts are sampled: once for the whole batch, which the later optimizer steps of that batch then meet
+    off-policy (the paper's flow), or anew at every optimizer step, on-policy. Where the weights are those of the step
+    itself, as at the first of a batch, sampling takes no extra forward."""
 
     @property
     def advantage_scale(self) -> Literal["std", "none"]:

@@ -91,6 +91,28 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
+class Experience:
+    """Rollouts and how good they were, all detached."""
+
+    rollouts: Rollouts
+    rewards_BCN: Tensor
+    advantages_BCN: Tensor
+    reference_BCNK: Tensor | None
+    """Log-probability of each sampled token under the frozen reference; None without a KL term."""
+    told: dict[str, Tensor]
+    """What the step report says of them: scalars on the device."""
+
+    def rows(self, start: int, stop: int) -> Experience:
+        """The part of it that belongs to some documents."""
+        some = slice(start, stop)
+        rollouts = Rollouts(
+            self.rollouts.positions_BC[some], self.rollouts.tokens_BCNK[some], self.rollouts.logprobs_BCNK[some]
+        )
+        reference_BCNK = None if self.reference_BCNK is None else self.reference_BCNK[some]
+        return Experience(rollouts, self.rewards_BCN[some], self.advantages_BCN[some], reference_BCNK, self.told)
+
+
+@dataclass(frozen=True)
 class Losses:
     """The two objectives of one micro-batch as sums, each with the count it is normalised by.
 
@@ -103,6 +125,8 @@ class Losses:
     policy_count: int
     told: dict[str, Tensor] = field(default_factory=dict)
     """What the step report says of this micro-batch (means over the micro-batch): scalars on the device."""
+    experience: Experience | None = None
+    """What the policy learned from, for steps that meet it again."""
 
     def detach(self) -> Losses:
         """The same numbers without their graphs."""

@@ -1,5 +1,5 @@
 """ReFINE, one idea per file: positions, rollout, reward, advantage, loss; `step` is the paper's box."""
 
-from refine_harness.algorithm.step import Experience, collect, refine_step
+from refine_harness.algorithm.step import collect, refine_step
 
-__all__ = ["Experience", "collect", "refine_step"]
+__all__ = ["collect", "refine_step"]

@@ -12,7 +12,7 @@ hold this file to it).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from refine_kernels import Known, Packing
@@ -26,29 +26,7 @@ from refine_harness.algorithm.rollout import continue_from
 from refine_harness.config import Algorithm
 from refine_harness.models.base import FastWeightLM, Reading
 from refine_harness.models.branches import Branches, branch
-from refine_harness.types import Batch, Losses, Rollouts, upload
-
-
-@dataclass(frozen=True)
-class Experience:
-    """Rollouts and how good they were, all detached."""
-
-    rollouts: Rollouts
-    rewards_BCN: Tensor
-    advantages_BCN: Tensor
-    reference_BCNK: Tensor | None
-    """Log-probability of each sampled token under the frozen reference; None without a KL term."""
-    told: dict[str, Tensor]
-    """What the step report says of them: scalars on the device."""
-
-    def rows(self, start: int, stop: int) -> Experience:
-        """The part of it that belongs to some documents."""
-        some = slice(start, stop)
-        rollouts = Rollouts(
-            self.rollouts.positions_BC[some], self.rollouts.tokens_BCNK[some], self.rollouts.logprobs_BCNK[some]
-        )
-        reference_BCNK = None if self.reference_BCNK is None else self.reference_BCNK[some]
-        return Experience(rollouts, self.rewards_BCN[some], self.advantages_BCN[some], reference_BCNK, self.told)
+from refine_harness.types import Batch, Experience, Losses, Rollouts, upload
 
 
 def refine_step(
@@ -113,7 +91,7 @@ def refine_step(
         told["kl"] = kl_BCNK.detach().mean()
     ntp = -(next_token(model, reading, batch, predicted).logprobs * labels_BT).sum()
     mark("rollouts")
-    return Losses(ntp, batch.labels, losses_BCNK.sum(), losses_BCNK.numel(), told)
+    return Losses(ntp, batch.labels, losses_BCNK.sum(), losses_BCNK.numel(), told, experience)
 
 
 @torch.no_grad()

@@ -119,13 +119,7 @@ class TestTimeTrainer:
         usable = [prompt for prompt in prompts if len(prompt) >= 2]
         reports: list[StepReport] = []
         if usable:
-            parts = [usable] if config.restore == "prompt" else _parts(usable, config.batch.steps)
-            steps = [self._pieces(part) for part in parts]
-            if config.algorithm.rollouts_from == "batch":
-                steps = [trainer.collect(pieces) for pieces in steps]
-            if config.restore == "prompt":
-                steps = steps * config.steps
-            reports = [trainer.optimizer_step(pieces) for pieces in steps]
+            reports = self._on_one(usable) if config.restore == "prompt" else self._on_several(usable)
         trainer.close_batch()
         fitted = [fit(config.algorithm, len(prompt)) for prompt in usable]
         without = sum(config.algorithm.lambda_rl > 0 and algorithm.lambda_rl == 0 for algorithm in fitted)
@@ -138,6 +132,20 @@ class TestTimeTrainer:
             without_rollouts=without,
             skipped=len(prompts) - len(usable),
         )
+
+    def _on_one(self, prompts: Sequence[Sequence[int]]) -> list[StepReport]:
+        """`steps` optimizer steps on the same prompt; the first samples the rollouts, which the others may keep."""
+        pieces, reports = self._pieces(prompts), []
+        for _ in range(self.config.steps):
+            reports.append(self._trainer.optimizer_step(pieces))
+            if self.config.algorithm.rollouts_from == "batch":
+                pieces = self._trainer.learned
+        return reports
+
+    def _on_several(self, prompts: Sequence[Sequence[int]]) -> list[StepReport]:
+        """An optimizer step for each part of the prompts."""
+        steps = [self._pieces(part) for part in _parts(prompts, self.config.batch.steps)]
+        return [self._trainer.optimizer_step(pieces) for pieces in self._trainer.with_rollouts(steps)]
 
     def _pieces(self, prompts: Sequence[Sequence[int]]) -> list[Piece]:
         """Micro-batches of prompts that take the same number of chunks."""

@@ -29,7 +29,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from refine_harness.algorithm import Experience, collect, refine_step
+from refine_harness.algorithm import collect, refine_step
 from refine_harness.algorithm.reward import find_reward
 from refine_harness.config import Algorithm, PostConfig, TestTimeConfig, TrainConfig
 from refine_harness.data.stream import rank_positions
@@ -45,7 +45,7 @@ from refine_harness.training.optim import (
     set_rate,
     trained_parameters,
 )
-from refine_harness.types import Batch, Losses, StepReport
+from refine_harness.types import Batch, Experience, Losses, StepReport
 
 T = TypeVar("T")
 
@@ -180,6 +180,8 @@ class Trainer:
             self.world_size, self.rank = self.accelerator.num_processes, self.accelerator.process_index
             self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.parameters = trained_parameters(model)
+        self.learned: list[Piece] = []
+        """Those of the last optimizer step, with what they learned from."""
         self._done = TrainState()
         self._at_boundary = True
         self._boundaries = (0, 0)  # optimizer steps at the boundary before the last, and at the last
@@ -291,9 +293,7 @@ class Trainer:
             self.pieces(batch.rows(first, first + share), documents[first : first + share], config.algorithm)
             for first in range(0, count * share, share)
         ]
-        if config.algorithm.rollouts_from == "batch":
-            steps = [self.collect(pieces) for pieces in steps]
-        for number, pieces in enumerate(steps, start=1):
+        for number, pieces in enumerate(self.with_rollouts(steps), start=1):
             report = self.optimizer_step(pieces, started=started)
             if closes_batch and number == count:
                 self.close_batch()
@@ -325,6 +325,15 @@ class Trainer:
             Piece(batch.rows(first, first + micro), documents[first : first + micro], algorithm)
             for first in range(0, len(batch), micro)
         ]
+
+    def with_rollouts(self, steps: list[list[Piece]]) -> list[list[Piece]]:
+        """The optimizer steps of a batch, with rollouts from the weights as they are now where the config wants that.
+
+        The first step meets these very weights: it samples its own as it reads, which takes no forward of their own.
+        """
+        if self.config.algorithm.rollouts_from == "step":
+            return steps
+        return [*steps[:1], *(self.collect(pieces) for pieces in steps[1:])]
 
     def collect(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces with rollouts sampled from the weights as they are now; unchanged where none are wanted."""
@@ -370,6 +379,9 @@ class Trainer:
             parts_3 = torch.stack((loss, losses.ntp_sum / max(labels, 1.0), losses.policy_sum / max(actions, 1.0)))
             told.append((parts_3.detach(), losses.detach(), len(piece.batch)))
             del loss, ntp, policy, losses
+        self.learned = [
+            replace(piece, experience=losses.experience) for piece, (_, losses, _) in zip(pieces, told, strict=True)
+        ]
         sums, facts = [0.0, 0.0, 0.0], _Facts()
         for parts_3, losses, documents in told:  # only now: asking for a number waits for the device
             sums = [total + part for total, part in zip(sums, parts_3.tolist(), strict=True)]

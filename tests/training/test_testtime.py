@@ -5,7 +5,9 @@ import torch
 
 from refine_harness.config import Algorithm, Batching
 from refine_harness.errors import ConfigError, RunError
+from refine_harness.training import trainer as trainer_module
 from refine_harness.training.testtime import TestTimeTrainer, fit
+from refine_harness.training.trainer import Trainer
 
 
 class Answered(Exception):
@@ -144,6 +146,22 @@ def test_fresh_rollouts_differ_from_step_to_step_and_kept_ones_do_not(lab):
     assert rewards["step"][0] != rewards["step"][1]
     assert rewards["batch"][0] == rewards["batch"][1]
     assert rewards["step"][0] == rewards["batch"][0]
+
+
+def test_kept_rollouts_are_those_of_the_first_step_and_ask_for_no_forward_of_their_own(lab, monkeypatch):
+    collected = []
+    usual = trainer_module.collect
+    monkeypatch.setattr(trainer_module, "collect", lambda *given: collected.append(1) or usual(*given))
+    trainer = TestTimeTrainer(lab.model().eval(), lab.testtime())
+    with trainer.adapted([lab.prompt(0)]) as adaptation:
+        inside = lab.weights(trainer.model)
+    assert not collected
+    assert [report.facts["ratio"] == pytest.approx(1.0, abs=1e-12) for report in adaptation.steps] == [True, False]
+    twin = Trainer(lab.model(), lab.testtime(), alone=True)
+    pieces = twin.collect(trainer._pieces([lab.prompt(0)]))
+    for _ in adaptation.steps:
+        twin.optimizer_step(pieces)
+    assert lab.furthest(inside, lab.weights(twin.model)) < 1e-10
 
 
 def test_short_prompts_are_counted(lab):

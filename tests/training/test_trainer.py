@@ -131,6 +131,21 @@ def test_rollouts_of_a_batch_are_sampled_before_its_first_step(lab):
     assert [report.facts["ratio"] for report in anew] == pytest.approx([1.0, 1.0], abs=1e-12)
 
 
+def test_the_first_step_of_a_batch_samples_as_it_reads(lab, monkeypatch):
+    collected = []
+    usual = trainer_module.collect
+    monkeypatch.setattr(trainer_module, "collect", lambda *given: collected.append(1) or usual(*given))
+    trainer = Trainer(lab.model(), lab.mid(steps=4, micro=2))
+    reports = list(trainer.run(lab.batches()))
+    assert len(collected) == 2, "in two batches of two steps, for the second of each"
+    ahead = Trainer(lab.model(), lab.mid(steps=4, micro=2))
+    monkeypatch.setattr(ahead, "with_rollouts", lambda steps: [ahead.collect(pieces) for pieces in steps])
+    for report, expected in zip(reports, ahead.run(lab.batches()), strict=True):
+        assert report.facts == pytest.approx(expected.facts, abs=1e-10)
+    assert len(collected) == 2 + 4
+    assert lab.furthest(lab.weights(trainer.model), lab.weights(ahead.model)) < 1e-10
+
+
 def test_on_the_first_step_both_flows_are_one(lab):
     models = []
     for rollouts_from in ("batch", "step"):
