@@ -48,8 +48,7 @@ def median_seconds(run: Callable[[], object], *, repeats: int, warm_up: int = 1)
 
 def peak_bytes(run: Callable[[], object]) -> float:
     """Bytes at most in use on the GPU during a call, over what was in use before it."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    free()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
@@ -93,6 +92,12 @@ def publish(benchmark: str, rows: Sequence[Row], argv: Sequence[str] | None = No
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def free() -> None:
+    """Give back memory that nobody holds any more, and what is reserved for shapes that do not come again."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def settle() -> None:

@@ -1,7 +1,7 @@
 """What more GPUs bring: one optimizer step of ReFINE in one process, and shared between as many as there are GPUs.
 
 Both are `training.Trainer` under torchrun on the same documents, with float32 weights and a bfloat16 forward as `refine
-train` has them on GPUs; before they are compared, their losses and gradient norms are. Weights are random.
+train` has them on GPUs; their losses and first gradients are compared, too. Weights are random.
 
     python benchmarks/scaling.py [--shape deltanet-1b] [--tokens 16384] [--documents 8]
 """
@@ -55,7 +55,8 @@ def main() -> None:
         return
     alone, together = (launched(asked, processes) for processes in (1, asked.processes))
     n = asked.repeats
-    rows = [time_row(f"a step in {each['processes']}", each["seconds"]) for each in (alone, together)]
+    rows = [time_row("a step, 1 process", alone["seconds"])]
+    rows.append(time_row(f"a step, {asked.processes} processes", together["seconds"]))
     gain = statistics.median(alone["seconds"]) / statistics.median(together["seconds"])
     rows.append(at_least(f"1 process / {asked.processes}", gain, EFFICIENCY * asked.processes, n))
     for what, steps in (("losses", n + WARM_UP), ("gradient norm", 1)):
@@ -95,7 +96,6 @@ def train(asked: argparse.Namespace) -> None:
     reports = list(trainer.run(batches(asked, trainer)))
     if trainer.rank == 0:
         told = {
-            "processes": f"{trainer.world_size} process" + "es" * (trainer.world_size > 1),
             "seconds": [report.seconds for report in reports[WARM_UP:]],
             "losses": [report.loss for report in reports],
             "gradient norm": [reports[0].gradient_norm],
@@ -109,10 +109,9 @@ def batches(asked: argparse.Namespace, trainer: Trainer) -> Iterator[Batch]:
     for number in range(trainer.planned_batches):
         generator = torch.Generator().manual_seed(number)
         text = torch.randint(3, trainer.model.config.vocab_size, (asked.documents, asked.tokens), generator=generator)
-        rows = rank_positions(
-            number, sequences=asked.documents, steps=1, rank=trainer.rank, world_size=trainer.world_size
-        )
-        own = text[[row % asked.documents for row in rows]]
+        own = text[
+            rank_positions(0, sequences=asked.documents, steps=1, rank=trainer.rank, world_size=trainer.world_size)
+        ]
         yield Batch(own, torch.full((len(own),), asked.tokens))
 
 

@@ -27,7 +27,7 @@ import anatomy
 import torch
 from ntp import beside_fla
 from refine_kernels.testing import MODEL_TOLERANCE, TOLERANCE, relative_error
-from report import Row, at_least, at_most, median_seconds, peak_bytes, publish, time_row
+from report import Row, at_least, at_most, free, median_seconds, peak_bytes, publish, time_row
 from shapes import SHAPES, build
 from torch import Tensor
 
@@ -82,7 +82,7 @@ def main() -> None:
     goals = {} if asked.autocast else GOALS.get(asked.shape, {})
     rows += measure(objective, batch, goals, asked.repeats)
     rows.append(at_most("gradient error, forked from re-read", error, allowed, 1, "relative"))
-    name = "-".join(["step", *([asked.shape] if asked.shape else []), *(["autocast"] if asked.autocast else [])])
+    name = "-".join(filter(None, ("step", asked.shape, "autocast" if asked.autocast else None)))
     print(publish(name, rows))
     if asked.profile:
         rows += anatomy_of(objective, batch)
@@ -129,11 +129,6 @@ def step(objective: Objective, batch: Batch, algorithm: Algorithm) -> None:
     learn(objective.model, objective(batch, algorithm, rng(batch)))
 
 
-def narrowed(objective: Objective) -> torch.autocast:
-    """As the objective's own forward has it."""
-    return torch.autocast(next(objective.parameters()).device.type, torch.bfloat16, objective.bf16)
-
-
 def check(objective: Objective, batch: Batch) -> float:
     """The relative error of all gradients as one vector, forked against re-read; of the second step, which on a GPU
     replays what the first one recorded."""
@@ -141,7 +136,7 @@ def check(objective: Objective, batch: Batch) -> float:
     for _ in range(2):
         step(objective, batch, REFINE)
     forked = gradient(model)
-    with narrowed(objective):
+    with objective.precision():
         rollouts = collect(model, batch, REFINE, rng(batch)).rollouts
         losses = refine_step_by_rereading(model, batch, REFINE, rollouts)
     learn(model, losses)
@@ -168,7 +163,7 @@ def measure(objective: Objective, batch: Batch, goals: dict[str, float], repeats
     steps["ReFINE step, all documents but one a quarter as long"] = partial(step, objective, uneven, REFINE)
     seconds = interleaved({name: run for name, run in steps.items() if name not in unfit}, repeats)
     print(seconds, flush=True)
-    with narrowed(objective):
+    with objective.precision():
         collected = collect(model, batch, REFINE, rng(batch))
     flows = {"the paper's flow, each prefix padded as released": True, "the paper's flow without its padding": False}
     for name, padded in flows.items():
@@ -231,12 +226,6 @@ def peak(model: FastWeightLM, run: Callable[[], object]) -> float | None:
         return None
 
 
-def free() -> None:
-    """Give back memory that is reserved for shapes which do not come again."""
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 def interleaved(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each step, one after another in turns, so that a GPU's drifting clock touches all alike."""
     for run in steps.values():
@@ -264,14 +253,14 @@ def paper_flow(objective: Objective, batch: Batch, rollouts: Rollouts, advantage
     count = rollouts.tokens_BCNK.numel()
     for b, positions in enumerate(rollouts.positions_BC.tolist()):
         row = batch.rows(b, b + 1)
-        with torch.no_grad(), narrowed(objective):
+        with torch.no_grad(), objective.precision():
             next_token(model, model.read(row.tokens_BT, forkable=False), row)
         for c, position in enumerate(positions):
             tokens_1K = rollouts.tokens_BCNK[b, c]
             prefix_1P = row.tokens_BT[:, : position + 1]
             whole_1S = torch.cat((prefix_1P, tokens_1K), 1)
             read = partial(_reread, model, T=T + K if padded else None)
-            with torch.no_grad(), narrowed(objective):
+            with torch.no_grad(), objective.precision():
                 state = read(prefix_1P).state
                 for k in range(K - 1):
                     if model.host_rows:
@@ -279,7 +268,7 @@ def paper_flow(objective: Objective, batch: Batch, rollouts: Rollouts, advantage
                     else:
                         state = model.read(tokens_1K[:, k : k + 1], state, forkable=False).state
                 _rollout_logprobs(model, read(whole_1S).hidden, position, tokens_1K)
-            with narrowed(objective):
+            with objective.precision():
                 logprobs_1K = _rollout_logprobs(model, read(whole_1S).hidden, position, tokens_1K)
             shape = (1, 1, *logprobs_1K.shape)
             loss = policy_loss(

@@ -700,10 +700,7 @@ class RefineTTTLM(RefineLM):
 
     @contextlib.contextmanager
     def adapted(self, prompts: Sequence[Sequence[int]]) -> Iterator[Adaptation]:
-        precision = self.test_time.autocast
-        bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
-        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
-        with self._trainer.adapted(prompts) as adaptation, autocast:
+        with self._trainer.adapted(prompts) as adaptation, self._trainer.precision():
             yield adaptation
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

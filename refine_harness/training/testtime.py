@@ -84,6 +84,10 @@ class TestTimeTrainer:
         """Counters and optimizer as they are now: with `restore: prompt` always the initial ones outside `adapted`."""
         return self._trainer.state()
 
+    def precision(self) -> torch.autocast:
+        """What it learns under; answers belong under the same."""
+        return self._trainer.objective.precision()
+
     @contextmanager
     def adapted(self, prompts: Sequence[Sequence[int]]) -> Iterator[Adaptation]:
         """The model after learning from `prompts` (token ids), in eval mode and without gradients.

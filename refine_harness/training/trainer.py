@@ -132,10 +132,14 @@ class Objective(nn.Module):
         mark: Callable[[str], None] = lambda part: None,
     ) -> Losses | Experience:
         (reference,) = self._unregistered
-        with torch.autocast(batch.tokens_BT.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with self.precision():
             if collecting:
                 return collect(self.model, batch, algorithm, rng, reference)
             return refine_step(self.model, batch, algorithm, rng, experience, reference, mark)
+
+    def precision(self) -> torch.autocast:
+        """What the forward runs under, and whatever is to be computed as it is."""
+        return torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16, self.bf16)
 
 
 class Trainer:
